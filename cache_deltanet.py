@@ -1,0 +1,157 @@
+"""The recurrent state of DeltaNet as one layer of Transformers' caches."""
+
+from functools import wraps
+
+import torch
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, LinearAttentionLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_deltanet import DELTA_LAYER_TYPE
+
+# Transformers 5.24 renamed the argument and output field `past_key_values` to `cache`; both ends of the range work.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def accept_cache_name(forward):
+    """Let a `forward` that takes `past_key_values` be called with `cache` as well, as newer Transformers do."""
+
+    @wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        if "cache" in kwargs:
+            if kwargs.get("past_key_values") is not None:
+                raise ValueError("`cache` and `past_key_values` are one argument under two names; pass one of them.")
+            kwargs["past_key_values"] = kwargs.pop("cache")
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
+    """
+    State of one delta-rule layer; `DynamicCache(config=...)` and `StaticCache(config=..., max_cache_len=...)` create it.
+
+    `recurrent_states[0]` is [B, H, K, V] float32. `conv_states[0..2]` are the last `conv_size - 1` inputs of the
+    convolutions of queries, keys and values, [B, D, conv_size - 1] in the model's dtype. The size does not depend on the
+    number of tokens. Buffers keep their address from the first forward on; every update is in place.
+    """
+
+    _layer_type = DELTA_LAYER_TYPE
+    # Truthy, yet equal to neither `True` nor `False`: causal masks are sized on the first layer that is not sliding and
+    # windows on the first that is, and this layer must be taken for neither.
+    is_sliding = "recurrent"
+    is_croppable = False
+
+    def __init__(self, **kwargs):
+        CacheLayerMixin.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states=3)
+        # A tensor, so that a compiled decoding step does not recompile for each length.
+        self.cumulative_length = torch.zeros((), dtype=torch.long)
+
+    def read(self) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
+        """The three convolution states and the recurrent state, all `None` before the first token."""
+        if not self.has_previous_state[0]:
+            return [None, None, None], None
+        return [self.conv_states[i] for i in range(3)], self.recurrent_states[0]
+
+    def write(self, conv_states: list[torch.Tensor | None], recurrent_state: torch.Tensor, num_new_tokens: int) -> None:
+        """Copy new states into the buffers and count `num_new_tokens` absorbed tokens, padding included."""
+        for i, state in enumerate(conv_states):
+            if state is not None:
+                self._copy(self.conv_states, self.is_conv_states_initialized, i, state)
+        self._copy(self.recurrent_states, self.is_recurrent_states_initialized, 0, recurrent_state)
+        self.advance(num_new_tokens)
+
+    def advance(self, num_new_tokens: int) -> None:
+        """Count tokens whose states were updated in place."""
+        if self.device is None:
+            self.dtype, self.device = self.recurrent_states[0].dtype, self.recurrent_states[0].device
+            self.cumulative_length = self.cumulative_length.to(self.device)
+            self.is_initialized = True
+        self.has_previous_state = dict.fromkeys(range(3), True)
+        self.cumulative_length.add_(num_new_tokens)
+
+    def _copy(self, states: dict, initialized: dict, index: int, value: torch.Tensor) -> None:
+        if not initialized[index]:
+            states[index] = torch.empty_like(value)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(states[index])
+            initialized[index] = True
+        if states[index].shape != value.shape:
+            raise ValueError(
+                f"The cache holds states of shape {tuple(states[index].shape)}; this forward makes {tuple(value.shape)}. "
+                "Use a cache for one batch size, or `reset` and build another."
+            )
+        states[index].copy_(value.detach())
+
+    def _map_states(self, function) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            for index, state in states.items():
+                if state is not None:
+                    states[index] = function(state)
+
+    def get_seq_length(self) -> torch.Tensor:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[torch.Tensor, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        self.cumulative_length.zero_()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        def reorder(state):
+            return state.copy_(state.index_select(0, beam_idx.to(state.device)))
+
+        self._map_states(reorder)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map_states(lambda state: state[indices])
+
+    def offload(self) -> None:
+        LinearAttentionLayer.offload(self)
+
+    def prefetch(self) -> None:
+        LinearAttentionLayer.prefetch(self)
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        raise NotImplementedError("A DeltaNet cache layer allocates its states in `write`, on the first forward.")
+
+    def update(self, *args, **kwargs):
+        raise NotImplementedError("A DeltaNet layer keeps a recurrent state; it has no keys and values to update.")
+
+    def crop(self, *args) -> None:
+        raise NotImplementedError(_IRREVERSIBLE)
+
+    def activate_past_recording(self) -> None:
+        raise NotImplementedError(_IRREVERSIBLE)
+
+
+_IRREVERSIBLE = (
+    "The recurrent state of a DeltaNet layer cannot be rolled back: tokens are folded into it for good. Cropping a cache "
+    "and assisted decoding are therefore not possible; `copy.deepcopy(cache)` keeps a state to return to."
+)
+
+STATIC_LAYER_TYPE_MAPPING[DELTA_LAYER_TYPE] = DeltaNetCacheLayer
+
+
+def delta_cache_layer(past_key_values: Cache | None, layer_idx: int) -> DeltaNetCacheLayer | None:
+    """The layer of `past_key_values` that belongs to block `layer_idx`; raises `ValueError` where it is another kind."""
+    if past_key_values is None:
+        return None
+    layers = past_key_values.layers
+    if layer_idx >= len(layers) or not isinstance(layers[layer_idx], DeltaNetCacheLayer):
+        raise ValueError(
+            f"`past_key_values` has no delta-rule state for layer {layer_idx}. Build the cache from the model's "
+            "configuration: `DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=...)`."
+        )
+    return layers[layer_idx]
+
+
+__all__ = ["CACHE_NAME", "DeltaNetCacheLayer", "accept_cache_name", "delta_cache_layer"]
