@@ -1,0 +1,300 @@
+"""The delta rule of DeltaNet (arXiv 2406.06484): public functions, torch operators and the choice of implementation.
+
+Glossary, the paper's symbols as they appear in every file of this folder:
+
+    B, T, H    batch, tokens, heads             K, V     d_k and d_v, the sizes of a key and of a value
+    N          states: B, or the number of packed sequences
+    q, k, v    query, key, value of a token     beta     writing strength of a token, in (0, 1), or (0, 2)
+    S          the state, a K x V matrix: S <- S + k beta (v - Sᵀ k)ᵀ, then o = scale Sᵀ q
+    C          tokens of a chunk, 64            Q, K, V  a chunk's rows
+    A          tril(diag(beta) K Kᵀ, -1)        Tinv     (I + A)⁻¹, the matrix T of the paper without its beta
+    R, Vn      V - K S, and Tinv diag(beta) R: the values a chunk really writes
+    h0, ht     initial and final state          do, dht  gradients of o and of the final state
+"""
+
+import functools
+import logging
+import os
+from typing import Callable, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from .checks import check_inputs, check_step, check_step_values, check_values
+from .reference import CHUNK, chunk_backward, chunk_forward, compute_dtype, recurrent_forward, step_forward
+
+NAMESPACE = "deltanet"
+"""Namespace of the operators. A copy of this file (a Hub export) must use another: a name registered twice replaces
+the first implementation without a word."""
+
+BACKENDS = ("torch", "recurrent", "triton")
+
+logger = logging.getLogger("deltanet.kernels")
+
+
+def chunk_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    scale: Optional[float] = None,
+    initial_state: Optional[Tensor] = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Optional[Tensor] = None,
+) -> tuple[Tensor, Optional[Tensor]]:
+    """The delta rule over whole sequences, in parallel inside chunks of 64 tokens (section 3 of arXiv 2406.06484).
+
+    Args:
+        q, k: [B, T, H, K], one dtype of float32, bfloat16, float16, float64; K up to 256; any strides.
+        v: [B, T, H, V] of the same dtype.
+        beta: [B, T, H], float32 or the dtype of q.
+        scale: multiplies q; None means K ** -0.5.
+        initial_state: [N, H, K, V] float32 (float64 for float64 inputs), N being B or the number of packed sequences.
+        output_final_state: return the state after the last token of every sequence.
+        use_qk_l2norm_in_kernel: divide q and k by sqrt(sum of squares + 1e-6), in float32.
+        cu_seqlens: [N + 1] int32 or int64, starts of the packed sequences, the first 0; B must be 1. Sequences may be
+            empty. Tokens from cu_seqlens[-1] on belong to no sequence: their output and gradients are zero.
+
+    Returns:
+        o [B, T, H, V] in the dtype of v, and the final state [N, H, K, V] in the dtype of `initial_state`, or None.
+
+    Differentiable once in q, k, v, beta and initial_state, through both results.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit. Values (cu_seqlens, NaN in beta) are looked at on CPU tensors,
+            and on others only with DELTANET_CHECK=1 in the environment, because that waits for the device.
+        RuntimeError: DELTANET_BACKEND names an implementation that cannot run here.
+    """
+    check_inputs(q, k, v, beta, initial_state, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    arguments = (q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
+    o, final_state, _ = _chunk_op(*arguments)
+    return o, final_state if output_final_state else None
+
+
+def recurrent_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    scale: Optional[float] = None,
+    initial_state: Optional[Tensor] = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Optional[Tensor] = None,
+) -> tuple[Tensor, Optional[Tensor]]:
+    """`chunk_delta_rule` one token after the other: the same arguments, results, gradients and errors.
+
+    For a few tokens, and for comparison. Its gradient is that of the chunked form, which is the same function.
+    """
+    check_inputs(q, k, v, beta, initial_state, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    arguments = (q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
+    o, final_state, _ = _recurrent_op(*arguments)
+    return o, final_state if output_final_state else None
+
+
+def delta_rule_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    *,
+    scale: Optional[float] = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    state_indices: Optional[Tensor] = None,
+) -> Tensor:
+    """One token of the delta rule, for decoding; `state` is updated in place. Not differentiable.
+
+    Args:
+        q, k: [B, H, K]; v: [B, H, V]; beta: [B, H]; dtypes as in `chunk_delta_rule`.
+        state: [N, H, K, V] float32 or bfloat16 (float64 with float64 inputs), any strides; arithmetic is float32.
+        scale, use_qk_l2norm_in_kernel: as in `chunk_delta_rule`.
+        state_indices: [B] int32 or int64, the state of each row; -1 leaves every state alone and returns zeros for
+            the row. No state twice. None means row b uses state b, and N must be B.
+
+    Returns:
+        o [B, H, V] in the dtype of v.
+
+    Raises:
+        TypeError, ValueError: as in `chunk_delta_rule`; values of state_indices are looked at under the same rule.
+    """
+    check_step(q, k, v, beta, state, state_indices)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _step_op(q, k, v, beta, state, scale, use_qk_l2norm_in_kernel, state_indices)
+
+
+class Implementation(NamedTuple):
+    """How a device computes the rule; signatures of `chunk_forward` and `chunk_backward` in `reference.py`."""
+
+    name: str
+    forward: Callable
+    backward: Callable
+    saved: Callable[[Tensor], Tensor]
+    """q -> an uninitialised tensor like the third result of `forward`."""
+
+
+def _saved_by_torch(q: Tensor) -> Tensor:
+    return q.new_empty((*q.shape[:3], CHUNK), dtype=compute_dtype(q.dtype))
+
+
+def _saved_by_triton(q: Tensor) -> Tensor:
+    return q.new_empty((*q.shape[:3], CHUNK))
+
+
+def _saved_by_recurrence(q: Tensor) -> Tensor:
+    return q.new_empty(0, dtype=compute_dtype(q.dtype))
+
+
+_TORCH = Implementation("torch", chunk_forward, chunk_backward, _saved_by_torch)
+_RECURRENT = Implementation("recurrent", recurrent_forward, chunk_backward, _saved_by_recurrence)
+
+
+@functools.cache
+def _triton_implementation() -> tuple[Optional[Implementation], str]:
+    try:
+        import triton
+    except ImportError:
+        return None, "Triton is not installed"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        return None, f"Triton {triton.__version__} is older than 3.6"
+    try:
+        from .chunk import chunk_backward as backward
+        from .chunk import chunk_forward as forward
+    except ImportError as error:
+        return None, f"the Triton kernels cannot be imported ({error})"
+    return Implementation("triton", forward, backward, _saved_by_triton), "tensors on a GPU"
+
+
+@functools.cache
+def _choose(device: str, dtype: torch.dtype, forced: str) -> Implementation:
+    """The implementation for tensors of a device type; logged once for each outcome."""
+    if forced and forced not in BACKENDS:
+        raise ValueError(f"DELTANET_BACKEND is {forced!r}; it may be one of {', '.join(BACKENDS)}, or unset")
+    chosen, reason = _TORCH, f"no fused kernels for {device}"
+    if forced in ("torch", "recurrent"):
+        chosen, reason = (_TORCH if forced == "torch" else _RECURRENT), "DELTANET_BACKEND asks for it"
+    elif forced == "triton" or device == "cuda":
+        fused, reason = _triton_implementation()
+        if dtype == torch.float64:
+            fused, reason = None, "the Triton kernels do not take float64"
+        elif device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            fused, reason = None, f"the Triton kernels do not run on {device} without TRITON_INTERPRET=1"
+        if fused is None and forced:
+            raise RuntimeError(f"DELTANET_BACKEND is 'triton', but {reason}")
+        chosen = fused or _TORCH
+    _announce(device, chosen.name, reason)
+    return chosen
+
+
+@functools.cache
+def _announce(device: str, name: str, reason: str) -> None:
+    logger.info("delta rule on %s: %s implementation (%s)", device, name, reason)
+
+
+def implementation(q: Tensor) -> Implementation:
+    """What runs `chunk_delta_rule` for a tensor like q: by its device, or as DELTANET_BACKEND says."""
+    return _choose(q.device.type, q.dtype, os.environ.get("DELTANET_BACKEND", ""))
+
+
+def _recurrence(q: Tensor) -> Implementation:
+    _announce(q.device.type, _RECURRENT.name, "recurrent_delta_rule was called")
+    return _RECURRENT
+
+
+def _define(name: str, choose: Callable[[Tensor], Implementation]):
+    """Register the operator `name` and its gradient, each running what `choose` picks for q."""
+
+    @torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        scale: float,
+        initial_state: Optional[Tensor],
+        output_final_state: bool,
+        use_l2: bool,
+        cu_seqlens: Optional[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        check_values(q, beta, cu_seqlens)
+        run = choose(q).forward
+        return run(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens)
+
+    @forward.register_fake
+    def _(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens):
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        shape = (sequences, q.shape[2], q.shape[3], v.shape[3]) if output_final_state else (0,)
+        final_state = q.new_empty(shape, dtype=compute_dtype(q.dtype))
+        return v.new_empty(v.shape), final_state, choose(q).saved(q)
+
+    @torch.library.custom_op(f"{NAMESPACE}::{name}_backward", mutates_args=())
+    def backward(
+        do: Tensor,
+        dht: Optional[Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        Tinv: Tensor,
+        scale: float,
+        initial_state: Optional[Tensor],
+        use_l2: bool,
+        cu_seqlens: Optional[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        run = choose(q).backward
+        return run(do, dht, q, k, v, beta, Tinv, scale, initial_state, use_l2, cu_seqlens)
+
+    @backward.register_fake
+    def _(do, dht, q, k, v, beta, Tinv, scale, initial_state, use_l2, cu_seqlens):
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        dh0 = q.new_empty((sequences, q.shape[2], q.shape[3], v.shape[3]), dtype=compute_dtype(q.dtype))
+        return *(x.new_empty(x.shape) for x in (q, k, v, beta)), dh0
+
+    forward.register_autograd(functools.partial(_differentiate, backward), setup_context=_save)
+    backward.register_autograd(functools.partial(_refuse, name))
+    return forward
+
+
+def _save(ctx, inputs, output):
+    q, k, v, beta, ctx.scale, initial_state, output_final_state, ctx.use_l2, cu_seqlens = inputs
+    ctx.save_for_backward(q, k, v, beta, output[2], initial_state, cu_seqlens)
+    ctx.mark_non_differentiable(*(output[2:] if output_final_state else output[1:]))
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(op, ctx, do, dht, _):
+    q, k, v, beta, Tinv, initial_state, cu_seqlens = ctx.saved_tensors
+    do = v.new_zeros(v.shape) if do is None else do
+    dq, dk, dv, dbeta, dh0 = op(do, dht, q, k, v, beta, Tinv, ctx.scale, initial_state, ctx.use_l2, cu_seqlens)
+    return dq, dk, dv, dbeta, None, None if initial_state is None else dh0, None, None, None
+
+
+def _refuse(name, ctx, *gradients):
+    raise RuntimeError(f"{name} is differentiable once: its gradient has no gradient of its own")
+
+
+_chunk_op = _define("chunk_delta_rule", implementation)
+_recurrent_op = _define("recurrent_delta_rule", _recurrence)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::delta_rule_step", mutates_args={"state"})
+def _step_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    scale: float,
+    use_l2: bool,
+    state_indices: Optional[Tensor],
+) -> Tensor:
+    check_step_values(beta, state, state_indices)
+    return step_forward(q, k, v, beta, state, scale, use_l2, state_indices)
+
+
+@_step_op.register_fake
+def _(q, k, v, beta, state, scale, use_l2, state_indices):
+    return v.new_empty(v.shape)
