@@ -146,7 +146,9 @@ def delta_cache_layer(past_key_values: Cache | None, layer_idx: int) -> DeltaNet
     if past_key_values is None:
         return None
     layers = past_key_values.layers
-    if layer_idx >= len(layers) or not isinstance(layers[layer_idx], DeltaNetCacheLayer):
+    # By type name and not by class: Transformers keeps one class a name, and two Hub repositories may hold equal copies
+    # of this file.
+    if layer_idx >= len(layers) or layers[layer_idx]._layer_type != DELTA_LAYER_TYPE:
         raise ValueError(
             f"`past_key_values` has no delta-rule state for layer {layer_idx}. Build the cache from the model's "
             "configuration: `DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=...)`."

@@ -25,6 +25,10 @@ def _require(condition: bool, field: str, value, allowed: str) -> None:
         raise ValueError(f"DeltaNetConfig: `{field}` is {value!r}; allowed: {allowed}.")
 
 
+def _is_integer(value, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 @strict
 class DeltaNetConfig(PreTrainedConfig):
     r"""
@@ -64,7 +68,8 @@ class DeltaNetConfig(PreTrainedConfig):
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*, default to `None`, 1 and 2): special tokens.
 
     Raises:
-        `ValueError` (or its strict-dataclass subclass for a wrong type), naming the field, its value and what is allowed.
+        `ValueError` naming the field, its value and what is allowed; for a field of a wrong type the strict dataclass's
+        `StrictDataclassFieldValidationError`, which names the same.
     """
 
     model_type = "delta_net"
@@ -123,11 +128,16 @@ class DeltaNetConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self, **kwargs):
+        for alias in self.attribute_map.keys() & kwargs.keys():
+            # The field, not its alias: the strict dataclass checks the types of fields only.
+            setattr(self, self.attribute_map[alias], kwargs.pop(alias))
         for key, supported in _UNSUPPORTED.items():
             _require(kwargs.get(key, supported) in (supported, None), key, kwargs.get(key), f"{supported!r}")
         if self.intermediate_size is None:
             _require(self.hidden_ratio is not None, "hidden_ratio", None, "a number where `intermediate_size` is None")
             self.intermediate_size = 256 * -(-int(self.hidden_size * self.hidden_ratio * 2 / 3) // 256)
+        # Before Transformers reads `layer_types`, and outside the strict dataclass, which hides `ValueError` in its own.
+        self.validate_architecture()
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -180,7 +190,7 @@ class DeltaNetConfig(PreTrainedConfig):
         """`layer_types` is derived here and holds a type of our own; there is nothing to check."""
 
     def validate_architecture(self):
-        """Check every combination of fields; part of the strict dataclass."""
+        """Check every combination of fields; the strict dataclass calls it again when a configuration is saved."""
         for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "conv_size", "intermediate_size"):
             _require(getattr(self, field) >= 1, field, getattr(self, field), "an integer of at least 1")
         for field in ("expand_k", "expand_v", "norm_eps"):
@@ -204,19 +214,23 @@ class DeltaNetConfig(PreTrainedConfig):
             allowed = f"values for which int(hidden_size * {field}) = {width} is a multiple of num_heads = {self.num_heads}"
             _require(width >= self.num_heads and width % self.num_heads == 0, field, getattr(self, field), allowed)
         key_dim = int(self.hidden_size * self.expand_k) // self.num_heads
-        _require(key_dim <= 256, "num_heads", self.num_heads, f"values that give keys of at most 256 per head, not {key_dim}")
+        allowed = f"values that give keys of at most 256 per head, not {key_dim}"
+        _require(key_dim <= 256, "num_heads", self.num_heads, allowed)
 
     def _validate_attention(self):
-        taken, windows = {}, set()
-        for index, spec in enumerate(self._attention_list()):
-            name = f"attn[{index}]" if isinstance(self.attn, (list, tuple)) else "attn"
-            self._validate_attention_spec(name, spec)
+        if isinstance(self.attn, dict):
+            named = {"attn": self.attn}
+        else:
+            named = {f"attn[{index}]": spec for index, spec in enumerate(self.attn or [])}
+        taken = {}
+        for name, spec in named.items():
+            _require(isinstance(spec, dict), name, spec, "a dict")
+            self._validate_attention_spec(name, {**_ATTENTION_DEFAULTS, **spec})
             for layer in spec["layers"]:
                 allowed = f"layers not yet used; {layer} is in `{taken.get(layer)}` too"
                 _require(layer not in taken, f"{name}.layers", spec["layers"], allowed)
                 taken[layer] = name
-            windows.add(spec["window_size"])
-        windows.discard(None)
+        windows = {spec["window_size"] for spec in self._attention_list()} - {None}
         _require(len(windows) < 2, "attn", sorted(windows), "one `window_size` for all sliding layers")
 
     def _validate_attention_spec(self, name: str, spec: dict):
@@ -224,23 +238,20 @@ class DeltaNetConfig(PreTrainedConfig):
         for key in ("layers", "num_heads"):
             _require(key in spec, f"{name}.{key}", None, "a value; it is required")
         _require(set(spec) <= known, name, sorted(set(spec) - known), f"the keys {sorted(known)}")
-        layers, heads, window = spec["layers"], spec["num_heads"], spec["window_size"]
-        valid = isinstance(layers, (list, tuple)) and all(
-            isinstance(layer, int) and 0 <= layer < self.num_hidden_layers for layer in layers
-        )
-        _require(valid and len(layers) > 0, f"{name}.layers", layers, f"a list of integers in [0, {self.num_hidden_layers})")
-        head_dim_is_even = isinstance(heads, int) and heads >= 1 and self.hidden_size % (2 * heads) == 0
+        layers, heads, groups, window = (spec[key] for key in ("layers", "num_heads", "num_kv_heads", "window_size"))
+        valid = isinstance(layers, (list, tuple)) and len(layers) > 0
+        valid = valid and all(_is_integer(layer, 0) and layer < self.num_hidden_layers for layer in layers)
+        _require(valid, f"{name}.layers", layers, f"a list of integers in [0, {self.num_hidden_layers})")
+        head_dim_is_even = _is_integer(heads, 1) and self.hidden_size % (2 * heads) == 0
         _require(head_dim_is_even, f"{name}.num_heads", heads, f"divisors of hidden_size/2 = {self.hidden_size // 2}")
-        groups = heads if spec["num_kv_heads"] is None else spec["num_kv_heads"]
-        _require(
-            isinstance(groups, int) and groups >= 1 and heads % groups == 0,
-            f"{name}.num_kv_heads",
-            groups,
-            f"None or a divisor of num_heads = {heads}",
-        )
-        window_is_valid = window is None or (isinstance(window, int) and window >= 1)
-        _require(window_is_valid, f"{name}.window_size", window, "None (full attention) or an integer of at least 1")
-        _require(spec["rope_theta"] is None or spec["rope_theta"] > 0, f"{name}.rope_theta", spec["rope_theta"], "a positive number")
+        valid = groups is None or (_is_integer(groups, 1) and heads % groups == 0)
+        _require(valid, f"{name}.num_kv_heads", groups, f"None or a divisor of num_heads = {heads}")
+        valid = window is None or _is_integer(window, 1)
+        _require(valid, f"{name}.window_size", window, "None (full attention) or an integer of at least 1")
+        _require(isinstance(spec["qkv_bias"], bool), f"{name}.qkv_bias", spec["qkv_bias"], "True, False")
+        theta = spec["rope_theta"]
+        valid = theta is None or (isinstance(theta, (int, float)) and theta > 0)
+        _require(valid, f"{name}.rope_theta", theta, "None (10000) or a positive number")
 
 
 __all__ = ["DELTA_LAYER_TYPE", "DeltaNetConfig"]
