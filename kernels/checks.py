@@ -28,7 +28,7 @@ def check_inputs(q, k, v, beta, initial_state: Optional[Tensor], cu_seqlens: Opt
         _check_state("initial_state", initial_state, q, v, (dtype,))
         if initial_state.shape[0] != sequences:
             raise ValueError(
-                f"initial_state holds {initial_state.shape[0]} states; it must hold one for each of {sequences} sequences"
+                f"initial_state holds {initial_state.shape[0]} states; it must hold {sequences}, one for each sequence"
             )
 
 
@@ -41,7 +41,7 @@ def check_step(q, k, v, beta, state: Tensor, state_indices: Optional[Tensor]) ->
         _check_index("state_indices", state_indices, q)
         if state_indices.shape[0] != q.shape[0]:
             raise ValueError(
-                f"state_indices has {state_indices.shape[0]} entries; it must have one for each of {q.shape[0]} rows of q"
+                f"state_indices has {state_indices.shape[0]} entries; it must have {q.shape[0]}, one for each row of q"
             )
     elif state.shape[0] != q.shape[0]:
         raise ValueError(

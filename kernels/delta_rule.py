@@ -24,8 +24,8 @@ from .checks import check_inputs, check_step, check_step_values, check_values
 from .reference import CHUNK, chunk_backward, chunk_forward, compute_dtype, recurrent_forward, step_forward
 
 NAMESPACE = "deltanet"
-"""Namespace of the operators. A copy of this file (a Hub export) must use another: a name registered twice replaces
-the first implementation without a word."""
+"""Namespace of the operators. A changed copy of this file (a Hub export) must use another: copies that share one share
+the operators of whichever was loaded first."""
 
 BACKENDS = ("torch", "recurrent", "triton")
 
@@ -43,7 +43,7 @@ def chunk_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Optional[Tensor] = None,
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """The delta rule over whole sequences, in parallel inside chunks of 64 tokens (section 3 of arXiv 2406.06484).
+    """The delta rule over whole sequences, parallel inside chunks of 64 tokens (arXiv 2406.06484, equations 8 to 11).
 
     Args:
         q, k: [B, T, H, K], one dtype of float32, bfloat16, float16, float64; K up to 256; any strides.
@@ -53,7 +53,7 @@ def chunk_delta_rule(
         initial_state: [N, H, K, V] float32 (float64 for float64 inputs), N being B or the number of packed sequences.
         output_final_state: return the state after the last token of every sequence.
         use_qk_l2norm_in_kernel: divide q and k by sqrt(sum of squares + 1e-6), in float32.
-        cu_seqlens: [N + 1] int32 or int64, starts of the packed sequences, the first 0; B must be 1. Sequences may be
+        cu_seqlens: [N + 1] int32 or int64, bounds of the packed sequences, the first 0; B must be 1. Sequences may be
             empty. Tokens from cu_seqlens[-1] on belong to no sequence: their output and gradients are zero.
 
     Returns:
@@ -204,8 +204,25 @@ def _recurrence(q: Tensor) -> Implementation:
     return _RECURRENT
 
 
+def _own_precision(q: Tensor):
+    """Autocast reaches into operators; the arithmetic here keeps the precision that it chose."""
+    return torch.autocast(q.device.type, enabled=False)
+
+
+def _registered(name: str):
+    """The operator, when this file is already loaded under another module name, else None.
+
+    pytest loads a package's root twice, and two Hub repositories may hold the same copy. To register again would free
+    the operators that the first copy still calls.
+    """
+    namespace = getattr(torch.ops, NAMESPACE)
+    return getattr(namespace, name).default if hasattr(namespace, name) else None
+
+
 def _define(name: str, choose: Callable[[Tensor], Implementation]):
     """Register the operator `name` and its gradient, each running what `choose` picks for q."""
+    if _registered(name):
+        return _registered(name)
 
     @torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())
     def forward(
@@ -221,7 +238,8 @@ def _define(name: str, choose: Callable[[Tensor], Implementation]):
     ) -> tuple[Tensor, Tensor, Tensor]:
         check_values(q, beta, cu_seqlens)
         run = choose(q).forward
-        return run(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens)
+        with _own_precision(q):
+            return run(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens)
 
     @forward.register_fake
     def _(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens):
@@ -245,7 +263,8 @@ def _define(name: str, choose: Callable[[Tensor], Implementation]):
         cu_seqlens: Optional[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         run = choose(q).backward
-        return run(do, dht, q, k, v, beta, Tinv, scale, initial_state, use_l2, cu_seqlens)
+        with _own_precision(q):
+            return run(do, dht, q, k, v, beta, Tinv, scale, initial_state, use_l2, cu_seqlens)
 
     @backward.register_fake
     def _(do, dht, q, k, v, beta, Tinv, scale, initial_state, use_l2, cu_seqlens):
@@ -276,25 +295,32 @@ def _refuse(name, ctx, *gradients):
     raise RuntimeError(f"{name} is differentiable once: its gradient has no gradient of its own")
 
 
+def _define_step():
+    if _registered("delta_rule_step"):
+        return _registered("delta_rule_step")
+
+    @torch.library.custom_op(f"{NAMESPACE}::delta_rule_step", mutates_args={"state"})
+    def step(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        state: Tensor,
+        scale: float,
+        use_l2: bool,
+        state_indices: Optional[Tensor],
+    ) -> Tensor:
+        check_step_values(beta, state, state_indices)
+        with _own_precision(q):
+            return step_forward(q, k, v, beta, state, scale, use_l2, state_indices)
+
+    @step.register_fake
+    def _(q, k, v, beta, state, scale, use_l2, state_indices):
+        return v.new_empty(v.shape)
+
+    return step
+
+
 _chunk_op = _define("chunk_delta_rule", implementation)
 _recurrent_op = _define("recurrent_delta_rule", _recurrence)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::delta_rule_step", mutates_args={"state"})
-def _step_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    scale: float,
-    use_l2: bool,
-    state_indices: Optional[Tensor],
-) -> Tensor:
-    check_step_values(beta, state, state_indices)
-    return step_forward(q, k, v, beta, state, scale, use_l2, state_indices)
-
-
-@_step_op.register_fake
-def _(q, k, v, beta, state, scale, use_l2, state_indices):
-    return v.new_empty(v.shape)
+_step_op = _define_step()

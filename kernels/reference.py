@@ -1,9 +1,9 @@
 """The delta rule in plain PyTorch: the recurrence, and a fast chunked form with its own backward.
 
-The recurrence is the definition (equation 5 of arXiv 2406.06484) and, in float64, the oracle of every test. The chunked
-form is what runs on a CPU, on MPS and wherever no fused kernel applies. Symbols: see the glossary of `delta_rule.py`.
+The recurrence is the definition (arXiv 2406.06484, section 2.2). The chunked form (equations 8 to 11) is what runs on a
+CPU, on MPS and wherever no fused kernel applies. Symbols: see the glossary of `delta_rule.py`.
 
-Arithmetic is float32, or float64 for float64 inputs. With A = tril(diag(beta) K Kᵀ, -1) and T = (I + A)⁻¹ of a chunk:
+Arithmetic is float32, or float64 for float64 inputs. With A = tril(diag(beta) K Kᵀ, -1), T = (I + A)⁻¹ of a chunk:
 
     R  = V - K S               what the memory does not yet know
     Vn = T diag(beta) R        the chunk's new values, all tokens at once
@@ -23,6 +23,7 @@ Backward, from the last chunk to the first, with dS the gradient of the state th
 from typing import NamedTuple, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64
@@ -120,14 +121,14 @@ class Chunks:
         owner = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
         self.tail = (owner == sequences)[:, None, None]
         slot = (starts[owner] * self.size + token - cu_seqlens[owner]).masked_fill(owner == sequences, slots)
-        source = slot.new_full((slots + 1,), self.length).scatter_(0, slot, token)[:-1]
-        self.padding = (source == self.length)[:, None, None]
-        self.slot, self.source = slot.clamp(max=slots - 1), source.clamp(max=self.length - 1)
+        # Slots of no token read the row of zeros after the last one.
+        self.source = slot.new_full((slots + 1,), self.length).scatter_(0, slot, token)[:-1]
+        self.slot = slot.clamp(max=slots - 1)
 
     def split(self, x: Tensor) -> Tensor:
         """[B, T, H, D], any strides and dtype -> [chunks, B * H, C, D] in the dtype of the arithmetic."""
         if self.sequence is not None:
-            rows = x[0].index_select(0, self.source).masked_fill(self.padding, 0)
+            rows = F.pad(x[0], (0, 0, 0, 0, 0, 1)).index_select(0, self.source)
             rows = rows.unflatten(0, (self.count, self.size)).transpose(1, 2)
             return rows.to(self.dtype, memory_format=torch.contiguous_format).contiguous()
         out = x.new_empty((self.count, self.batch, self.heads, self.size, x.shape[-1]), dtype=self.dtype)
@@ -229,17 +230,16 @@ def chunk_forward(q, k, v, beta, scale, initial_state, output_final_state, use_l
     T = chunk_inverse(x.k, x.beta)
     T_beta = T * x.beta.mT
     table = chunks.states(initial_state, _state_shape(q, v, cu_seqlens), q)
-    o, S = torch.empty_like(x.v), None
+    o, S = x.v, None  # V, then R, then O in one place: fresh memory costs as much as the arithmetic on it
     for i in range(chunks.count):
         S = chunks.enter(i, S, table, "opens")
-        R = torch.baddbmm(x.v[i], x.k[i], S, alpha=-1)
-        Vn = T_beta[i] @ R
+        Vn = T_beta[i] @ x.v[i].baddbmm_(x.k[i], S, alpha=-1)
         P = (x.q[i] @ x.k[i].mT).tril_()
         torch.bmm(x.q[i], S, out=o[i]).baddbmm_(P, Vn, beta=scale, alpha=scale)
         S.baddbmm_(x.k[i].mT, Vn)
         chunks.leave(i, S, table)
     final_state = table[: len(table) - (cu_seqlens is not None)] if output_final_state else table.new_empty(0)
-    saved = chunks.join(torch.nn.functional.pad(T, (0, CHUNK - chunks.size)), chunks.dtype)
+    saved = chunks.join(F.pad(T, (0, CHUNK - chunks.size)), chunks.dtype)
     return chunks.join(o, v.dtype), final_state, saved
 
 
@@ -259,37 +259,34 @@ def chunk_backward(do, dht, q, k, v, beta, Tinv, scale, initial_state, use_l2, c
     shape = _state_shape(q, v, cu_seqlens)
     S, R, Vn = _replay(chunks, x, T, chunks.states(initial_state, shape, q))
     do, table, dS = chunks.split(do), chunks.states(dht, shape, q), None
-    dq, dk, dv, dbeta = (torch.empty_like(z) for z in (x.q, x.k, x.v, x.beta))
     for i in reversed(range(chunks.count)):
         dS = chunks.enter(i, dS, table, "closes")
-        token = (x.q[i], x.k[i], x.beta[i], T[i], do[i], S[i], R[i], Vn[i])
-        dq[i], dk[i], dv[i], dbeta[i] = _chunk_gradients(*token, dS, scale)
+        chunk = _Inputs(*(z if z is None else z[i] for z in x))
+        _chunk_gradients(chunk, T[i], do[i], S[i], R[i], Vn[i], dS, scale)
         chunks.leave(i, dS, table)
-    if use_l2:
-        dq, dk = (_norm_gradient(*z) for z in ((dq, x.q, x.q_inverse_norm), (dk, x.k, x.k_inverse_norm)))
-    gradients = [chunks.join(dz, z.dtype) for dz, z in ((dq, q), (dk, k), (dv, v))]
-    return *gradients, chunks.join(dbeta, beta.dtype).squeeze(-1), table[: shape[0]]
+    gradients = [chunks.join(dz, z.dtype) for dz, z in zip(x, (q, k, v))]
+    return *gradients, chunks.join(x.beta, beta.dtype).squeeze(-1), table[: shape[0]]
 
 
 def _replay(chunks: Chunks, x: _Inputs, T: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The states that entered the chunks, and R and Vn of every chunk."""
-    R, Vn, S = torch.empty_like(x.v), torch.empty_like(x.v), None
+    """The states that entered the chunks, and R (in the place of V) and Vn of every chunk."""
+    Vn, S = torch.empty_like(x.v), None
     states = x.v.new_empty((*x.k.shape[:2], x.k.shape[-1], x.v.shape[-1]))
     T_beta = T * x.beta.mT
     for i in range(chunks.count):
         S = chunks.enter(i, S, table, "opens")
         states[i] = S
-        torch.baddbmm(x.v[i], x.k[i], S, alpha=-1, out=R[i])
-        torch.bmm(T_beta[i], R[i], out=Vn[i])
+        torch.bmm(T_beta[i], x.v[i].baddbmm_(x.k[i], S, alpha=-1), out=Vn[i])
         S.baddbmm_(x.k[i].mT, Vn[i])
         chunks.leave(i, S, table)
-    return states, R, Vn
+    return states, x.v, Vn
 
 
-def _chunk_gradients(q, k, beta, T, do, S, R, Vn, dS, scale):
-    """One chunk of the backward; `dS` becomes, in place, the gradient of the state that entered."""
+def _chunk_gradients(x: _Inputs, T, do, S, R, Vn, dS, scale) -> None:
+    """One chunk of the backward, in place: q, k, v, beta of x and `dS` become the gradients to hand on."""
+    q, k, beta = x.q, x.k, x.beta
     P = (q @ k.mT).tril_()
-    dVn = torch.baddbmm(torch.bmm(k, dS), P.mT, do, alpha=scale)
+    dVn = torch.bmm(k, dS).baddbmm_(P.mT, do, alpha=scale)
     G = T.mT @ dVn
     dv = G * beta
     dP = (do @ Vn.mT).tril_()
@@ -300,11 +297,14 @@ def _chunk_gradients(q, k, beta, T, do, S, R, Vn, dS, scale):
     dk.baddbmm_(dv, S.mT, alpha=-1).baddbmm_(dA.mT, k * beta).addcmul_(dA_k, beta)
     dbeta = (G * R).sum(-1, keepdim=True) + (dA_k * k).sum(-1, keepdim=True)
     dS.baddbmm_(q.mT, do, alpha=scale).baddbmm_(k.mT, dv, alpha=-1)
-    return dq, dk, dv, dbeta
+    if x.q_inverse_norm is not None:
+        dq, dk = _norm_gradient(dq, q, x.q_inverse_norm), _norm_gradient(dk, k, x.k_inverse_norm)
+    for place, gradient in ((q, dq), (k, dk), (x.v, dv), (beta, dbeta)):
+        place.copy_(gradient)
 
 
 def _norm_gradient(dy: Tensor, y: Tensor, inverse: Tensor) -> Tensor:
-    return (dy - y * (y * dy).sum(-1, keepdim=True)).mul_(inverse)
+    return dy.addcmul_(y, (y * dy).sum(-1, keepdim=True), value=-1).mul_(inverse)
 
 
 def step_forward(q, k, v, beta, state, scale, use_l2, state_indices):

@@ -1,0 +1,1 @@
+"""Benchmarks; each runs as `python -m deltanet.benchmarks.<name>` and writes its figures to results/."""
