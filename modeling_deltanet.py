@@ -37,6 +37,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_deltanet import CACHE_NAME, accept_cache_name, delta_cache_layer
 from .configuration_deltanet import DELTA_LAYER_TYPE, DeltaNetConfig
 from .kernels.delta_rule import chunk_delta_rule, delta_rule_step, recurrent_delta_rule
+from .kernels.reference import compute_dtype
 from .kernels.short_conv import short_convolution, short_convolution_step
 from .layout_deltanet import (
     TokenLayout,
@@ -63,7 +64,8 @@ class DeltaNetRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        dtype = compute_dtype(x.dtype)
+        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
 
 
 class DeltaNetShortConvolution(nn.Conv1d):
@@ -171,7 +173,7 @@ class DeltaNetMixer(nn.Module):
         elif self.qk_activation == "elu":
             x = F.elu(x) + 1
         if self.qk_norm == "sum":
-            total = x.float().sum(-1, keepdim=True)
+            total = x.to(compute_dtype(x.dtype)).sum(-1, keepdim=True)
             if layout.real is not None:
                 # Features of tokens that do not exist are zero and would become NaN, which a zero beta does not stop.
                 total = total.masked_fill(~layout.real[..., None, None], 1)
@@ -179,11 +181,12 @@ class DeltaNetMixer(nn.Module):
         return x
 
     def _writing_strength(self, hidden_states: torch.Tensor, num_heads: int, layout: TokenLayout) -> torch.Tensor:
-        """Beta, [B, T, H] float32, zero at padding; H is this rank's share under tensor parallelism."""
+        """Beta, [B, T, H] in float32 (float64 in a float64 model), zero at padding; H is this rank's share of the heads."""
+        dtype = compute_dtype(hidden_states.dtype)
         if self.use_beta:
-            beta = self.b_proj(hidden_states).float().sigmoid() * self.beta_scale
+            beta = self.b_proj(hidden_states).to(dtype).sigmoid() * self.beta_scale
         else:
-            beta = hidden_states.new_full((*hidden_states.shape[:2], num_heads), self.beta_scale, dtype=torch.float32)
+            beta = hidden_states.new_full((*hidden_states.shape[:2], num_heads), self.beta_scale, dtype=dtype)
         return beta if layout.real is None else beta.masked_fill(~layout.real[..., None], 0)
 
 
@@ -221,8 +224,8 @@ class DeltaNetAttention(nn.Module):
 
 def rotary_embedding(position_ids: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype):
     """Cosine and sine of RoPE for positions [B, T], each [B, T, head_dim]; computed in float32."""
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
-    angles = position_ids[..., None].float() * theta**-exponents
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=compute_dtype(dtype)) / head_dim
+    angles = position_ids[..., None] * theta**-exponents
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -252,12 +255,12 @@ class DeltaNetBlock(GradientCheckpointingLayer):
         self.mlp_norm = DeltaNetRMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = DeltaNetMLP(config)
 
-    def forward(self, hidden_states, layout=None, attention_mask=None, position_embeddings=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, layout=None, attention_mask=None, position_embeddings=None, cache=None, **kwargs):
         normed = self.attn_norm(hidden_states)
         if self.is_delta:
-            mixed = self.attn(normed, layout or TokenLayout(), past_key_values)
+            mixed = self.attn(normed, layout or TokenLayout(), cache)
         else:
-            mixed, _ = self.attn(normed, attention_mask, position_embeddings, past_key_values, **kwargs)
+            mixed, _ = self.attn(normed, attention_mask, position_embeddings, cache, **kwargs)
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
@@ -377,7 +380,9 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
                 layout=layout,
                 attention_mask=masks.get(layer_type),
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                # Not as `past_key_values`: Transformers 5.17 drops that from a block with gradient checkpointing even where
+                # no gradient is taken, and `generate` would then forget its prompt.
+                cache=past_key_values,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: past_key_values})
@@ -388,6 +393,9 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         if inputs_embeds is None:
             check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
+            shape, width = tuple(inputs_embeds.shape), self.config.hidden_size
+            raise ValueError(f"`inputs_embeds` has shape {shape}; allowed: [batch, tokens, {width}] (hidden_size).")
         if inputs_embeds.shape[0] == 0 or inputs_embeds.shape[1] == 0:
             raise ValueError(f"The input has shape {tuple(inputs_embeds.shape[:2])}; allowed: at least one token a row.")
         return inputs_embeds
