@@ -69,7 +69,7 @@ def chunk_delta_rule(
     check_inputs(q, k, v, beta, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
-    o, final_state, _ = _chunk_op(*arguments)
+    o, final_state, *_ = _chunk_op(*arguments)
     return o, final_state if output_final_state else None
 
 
@@ -91,7 +91,7 @@ def recurrent_delta_rule(
     check_inputs(q, k, v, beta, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
-    o, final_state, _ = _recurrent_op(*arguments)
+    o, final_state, *_ = _recurrent_op(*arguments)
     return o, final_state if output_final_state else None
 
 
@@ -132,20 +132,23 @@ class Implementation(NamedTuple):
     name: str
     forward: Callable
     backward: Callable
-    saved: Callable[[Tensor], Tensor]
-    """q -> an uninitialised tensor like the third result of `forward`."""
+    saved: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """q -> uninitialised tensors like the third and fourth result of `forward`, which `backward` is given."""
 
 
-def _saved_by_torch(q: Tensor) -> Tensor:
-    return q.new_empty((*q.shape[:3], CHUNK), dtype=compute_dtype(q.dtype))
+def _saved_by_torch(q: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(q.dtype)
+    return q.new_empty((*q.shape[:3], CHUNK), dtype=dtype), q.new_empty(0, dtype=dtype)
 
 
-def _saved_by_triton(q: Tensor) -> Tensor:
-    return q.new_empty((*q.shape[:3], CHUNK))
+def _saved_by_triton(q: Tensor) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
+    return q.new_empty((B, T, H, CHUNK)), q.new_empty((3, B, H, T), dtype=torch.float32)
 
 
-def _saved_by_recurrence(q: Tensor) -> Tensor:
-    return q.new_empty(0, dtype=compute_dtype(q.dtype))
+def _saved_by_recurrence(q: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(q.dtype)
+    return q.new_empty(0, dtype=dtype), q.new_empty(0, dtype=dtype)
 
 
 _TORCH = Implementation("torch", chunk_forward, chunk_backward, _saved_by_torch)
@@ -235,7 +238,7 @@ def _define(name: str, choose: Callable[[Tensor], Implementation]):
         output_final_state: bool,
         use_l2: bool,
         cu_seqlens: Optional[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         check_values(q, beta, cu_seqlens)
         run = choose(q).forward
         with _own_precision(q):
@@ -246,7 +249,7 @@ def _define(name: str, choose: Callable[[Tensor], Implementation]):
         sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         shape = (sequences, q.shape[2], q.shape[3], v.shape[3]) if output_final_state else (0,)
         final_state = q.new_empty(shape, dtype=compute_dtype(q.dtype))
-        return v.new_empty(v.shape), final_state, choose(q).saved(q)
+        return v.new_empty(v.shape), final_state, *choose(q).saved(q)
 
     @torch.library.custom_op(f"{NAMESPACE}::{name}_backward", mutates_args=())
     def backward(
@@ -257,6 +260,7 @@ def _define(name: str, choose: Callable[[Tensor], Implementation]):
         v: Tensor,
         beta: Tensor,
         Tinv: Tensor,
+        factors: Tensor,
         scale: float,
         initial_state: Optional[Tensor],
         use_l2: bool,
@@ -264,12 +268,11 @@ def _define(name: str, choose: Callable[[Tensor], Implementation]):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         run = choose(q).backward
         with _own_precision(q):
-            return run(do, dht, q, k, v, beta, Tinv, scale, initial_state, use_l2, cu_seqlens)
+            return run(do, dht, q, k, v, beta, Tinv, factors, scale, initial_state, use_l2, cu_seqlens)
 
     @backward.register_fake
-    def _(do, dht, q, k, v, beta, Tinv, scale, initial_state, use_l2, cu_seqlens):
-        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        dh0 = q.new_empty((sequences, q.shape[2], q.shape[3], v.shape[3]), dtype=compute_dtype(q.dtype))
+    def _(do, dht, q, k, v, beta, Tinv, factors, scale, initial_state, use_l2, cu_seqlens):
+        dh0 = q.new_empty(0 if initial_state is None else initial_state.shape, dtype=compute_dtype(q.dtype))
         return *(x.new_empty(x.shape) for x in (q, k, v, beta)), dh0
 
     forward.register_autograd(functools.partial(_differentiate, backward), setup_context=_save)
@@ -279,15 +282,16 @@ def _define(name: str, choose: Callable[[Tensor], Implementation]):
 
 def _save(ctx, inputs, output):
     q, k, v, beta, ctx.scale, initial_state, output_final_state, ctx.use_l2, cu_seqlens = inputs
-    ctx.save_for_backward(q, k, v, beta, output[2], initial_state, cu_seqlens)
+    ctx.save_for_backward(q, k, v, beta, *output[2:], initial_state, cu_seqlens)
     ctx.mark_non_differentiable(*(output[2:] if output_final_state else output[1:]))
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(op, ctx, do, dht, _):
-    q, k, v, beta, Tinv, initial_state, cu_seqlens = ctx.saved_tensors
+def _differentiate(op, ctx, do, dht, *_):
+    q, k, v, beta, Tinv, factors, initial_state, cu_seqlens = ctx.saved_tensors
     do = v.new_zeros(v.shape) if do is None else do
-    dq, dk, dv, dbeta, dh0 = op(do, dht, q, k, v, beta, Tinv, ctx.scale, initial_state, ctx.use_l2, cu_seqlens)
+    arguments = (do, dht, q, k, v, beta, Tinv, factors, ctx.scale, initial_state, ctx.use_l2, cu_seqlens)
+    dq, dk, dv, dbeta, dh0 = op(*arguments)
     return dq, dk, dv, dbeta, None, None if initial_state is None else dh0, None, None, None
 
 

@@ -83,7 +83,8 @@ def recurrent_forward(q, k, v, beta, scale, initial_state, output_final_state, u
         q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens
     )
     empty = q.new_empty(0, dtype=compute_dtype(q.dtype))
-    return o.contiguous(), empty if final_state is None else final_state, torch.empty_like(empty)
+    final_state = empty if final_state is None else final_state
+    return o.contiguous(), final_state, torch.empty_like(empty), torch.empty_like(empty)
 
 
 def inverse_norm(x: Tensor) -> Tensor:
@@ -223,7 +224,8 @@ def chunk_forward(q, k, v, beta, scale, initial_state, output_final_state, use_l
     """The chunked form.
 
     Returns o [B, T, H, V] in v's dtype, the final state [N, H, K, V] (an empty tensor when not asked for) and, for the
-    backward, the inverse T [B, T, H, 64]: row t of its chunk's matrix, in the dtype of the arithmetic.
+    backward, the inverse T [B, T, H, 64]: row t of its chunk's matrix, in the dtype of the arithmetic. The fourth result
+    is empty: other implementations save more.
     """
     chunks = Chunks(q, cu_seqlens)
     x = _load(chunks, q, k, v, beta, use_l2)
@@ -240,7 +242,7 @@ def chunk_forward(q, k, v, beta, scale, initial_state, output_final_state, use_l
         chunks.leave(i, S, table)
     final_state = table[: len(table) - (cu_seqlens is not None)] if output_final_state else table.new_empty(0)
     saved = chunks.join(F.pad(T, (0, CHUNK - chunks.size)), chunks.dtype)
-    return chunks.join(o, v.dtype), final_state, saved
+    return chunks.join(o, v.dtype), final_state, saved, table.new_empty(0)
 
 
 def _state_shape(q: Tensor, v: Tensor, cu_seqlens: Optional[Tensor]) -> tuple[int, ...]:
@@ -248,10 +250,11 @@ def _state_shape(q: Tensor, v: Tensor, cu_seqlens: Optional[Tensor]) -> tuple[in
     return sequences, q.shape[2], q.shape[3], v.shape[3]
 
 
-def chunk_backward(do, dht, q, k, v, beta, Tinv, scale, initial_state, use_l2, cu_seqlens):
-    """Gradients of the chunked form; `dht` may be None, and an empty `Tinv` is computed again.
+def chunk_backward(do, dht, q, k, v, beta, Tinv, factors, scale, initial_state, use_l2, cu_seqlens):
+    """Gradients of the chunked form; `dht` may be None, an empty `Tinv` is computed again, `factors` is not used.
 
-    Returns dq, dk, dv, dbeta in the dtype of their inputs and dh0 in the dtype of the arithmetic.
+    Returns dq, dk, dv, dbeta in the dtype of their inputs and dh0 in the dtype of the arithmetic, an empty tensor where
+    there is no initial state.
     """
     chunks = Chunks(q, cu_seqlens)
     x = _load(chunks, q, k, v, beta, use_l2)
@@ -265,7 +268,8 @@ def chunk_backward(do, dht, q, k, v, beta, Tinv, scale, initial_state, use_l2, c
         _chunk_gradients(chunk, T[i], do[i], S[i], R[i], Vn[i], dS, scale)
         chunks.leave(i, dS, table)
     gradients = [chunks.join(dz, z.dtype) for dz, z in zip(x, (q, k, v))]
-    return *gradients, chunks.join(x.beta, beta.dtype).squeeze(-1), table[: shape[0]]
+    dh0 = table.new_empty(0) if initial_state is None else table[: shape[0]]
+    return *gradients, chunks.join(x.beta, beta.dtype).squeeze(-1), dh0
 
 
 def _replay(chunks: Chunks, x: _Inputs, T: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,10 +19,10 @@ GRADIENT_LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5
 def chunked(q, k, v, beta, h0, do=None, dht=None, scale=None, l2=False, cu_seqlens=None):
     """Outputs, and with `do` gradients, of the chunked form."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, ht, Tinv = chunk_forward(q, k, v, beta, scale, h0, True, l2, cu_seqlens)
+    o, ht, *saved = chunk_forward(q, k, v, beta, scale, h0, True, l2, cu_seqlens)
     if do is None:
         return [o, ht]
-    return [o, ht, *chunk_backward(do, dht, q, k, v, beta, Tinv, scale, h0, l2, cu_seqlens)]
+    return [o, ht, *chunk_backward(do, dht, q, k, v, beta, *saved, scale, h0, l2, cu_seqlens)]
 
 
 def compare(inputs, limit, gradient_limit, **options):
@@ -129,10 +129,10 @@ def test_backward_without_gradient_of_the_final_state_or_saved_inverse():
     q, k, v, beta = tokens(1, 70, 2, 16, 24)
     expected = with_gradients(lambda *x: delta_rule(*x)[:1], [x.double() for x in (q, k, v, beta)])[1:]
     do = torch.randn(v.shape, generator=torch.Generator().manual_seed(2))
-    _, _, Tinv = chunk_forward(q, k, v, beta, 0.25, None, False, False, None)
+    _, _, Tinv, factors = chunk_forward(q, k, v, beta, 0.25, None, False, False, None)
     assert Tinv.shape == (1, 70, 2, 64)
     for saved in (Tinv, Tinv.new_empty(0)):
-        assert_close(chunk_backward(do, None, q, k, v, beta, saved, 0.25, None, False, None), expected, 1e-5)
+        assert_close(chunk_backward(do, None, q, k, v, beta, saved, factors, 0.25, None, False, None)[:4], expected, 1e-5)
 
 
 def test_two_runs_are_equal():
