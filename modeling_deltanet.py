@@ -13,6 +13,7 @@ Per token and head, with the state S [K, V], the mixer of every block computes
 """
 
 import re
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +158,8 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         Args:
             input_ids: [B, T]; or `inputs_embeds` [B, T, hidden_size].
             attention_mask: [B, tokens in the cache + T], zero at padding. A padded token writes nothing anywhere.
-            position_ids: [B, T]. Without mask and cache, a restart in a single row begins a new packed sequence.
+            position_ids: [B, T]; by default counted from the cache or the mask. Without mask and cache, a restart in a
+                single row begins a new packed sequence.
             past_key_values: `DynamicCache(config=...)` or `StaticCache(config=...)`; Transformers 5.24 says `cache`.
             use_cache: return the recurrent state; by default in evaluation only, never for packed sequences.
             kwargs: `cu_seq_lens_q` [N + 1] or `seq_idx` [1, T] mark packed sequences; others go to the attention layers.
@@ -185,8 +187,9 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
             layout = padding_layout(delta_mask, shape[1], self.config.conv_size)
         masks, position_embeddings = {}, None
         if self.config.attention_specs:
-            if position_ids is None:
-                position_ids = self._positions(inputs_embeds, past_key_values) if restarts is None else restarts
+            if position_ids is None and restarts is None:
+                position_ids = self._positions(inputs_embeds, attention_mask, past_key_values)
+            position_ids = restarts if position_ids is None else position_ids
             position_embeddings = self._rotary_embeddings(position_ids, inputs_embeds.dtype)
             # The boundaries in force, which `position_ids` need not repeat next to `cu_seq_lens_q` or `seq_idx`.
             kwargs["position_ids"] = position_ids if restarts is None else restarts
@@ -237,9 +240,13 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
             )
 
     @staticmethod
-    def _positions(inputs_embeds, past_key_values):
+    def _positions(inputs_embeds, attention_mask, past_key_values):
+        """[1 or B, T]; padding takes no position, so that a row continues the same way whatever stands before it."""
+        length = inputs_embeds.shape[1]
+        if isinstance(attention_mask, torch.Tensor):
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        return (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
+        return (torch.arange(length, device=inputs_embeds.device) + seen)[None]
 
     def _rotary_embeddings(self, position_ids, dtype):
         ropes = {block.attn.rope for block in self.layers if not block.is_delta}
@@ -261,11 +268,11 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
-        """As in Transformers, with ready masks for every decoding step; it makes them for compilable caches only."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
+    # `generate` reads the signature to learn what the model takes.
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, is_first_iteration=False, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        # Ready masks for every decoding step; Transformers makes them for compilable caches only.
         mask, cache, ids = inputs.get("attention_mask"), inputs.get(CACHE_NAME), inputs["input_ids"]
         if isinstance(mask, torch.Tensor) and cache is not None and not is_first_iteration:
             embeds = torch.empty((*ids.shape, 0), dtype=self.dtype, device=ids.device)
@@ -279,11 +286,12 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
     ) -> dict:
         """Masks by layer type for one step of `generate`."""
         masks = attention_masks(config, inputs_embeds, attention_mask, kwargs.get(CACHE_NAME), position_ids)
-        length = inputs_embeds.shape[1]
-        # A generated token is never padding. That a prompt's last token is not either is left to be seen where one may
-        # look: Transformers 5.17 does not tell a prompt read in chunks of one token from generated tokens.
-        if attention_mask is not None and (length > 1 or is_first_iteration or values_are_readable(attention_mask)):
-            masks[DELTA_LAYER_TYPE] = attention_mask[:, -length:]
+        if attention_mask is not None:
+            new = attention_mask[:, -inputs_embeds.shape[1] :]
+            # A generated token is never padding. Transformers 5.17 does not say whether a single token is generated or a
+            # prompt's that is read in chunks of one, so look where that does not wait for the device.
+            if new.shape[1] > 1 or is_first_iteration or values_are_readable(new) and not bool(new.all()):
+                masks[DELTA_LAYER_TYPE] = new
         return masks
 
     @accept_cache_name
