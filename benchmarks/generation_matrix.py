@@ -356,7 +356,8 @@ def main():
                 row["float32"], row["tokens_equal"] = compare(build(kind, torch.float32), name, batch)
                 row["bfloat16"], _ = compare(build(kind, torch.bfloat16), name, batch, with_search=False)
                 result["cells"].append(row)
-                print("{way:<24}{kind:<9}{batch:>2}  {float32:.1e}  {bfloat16:.1e}  {tokens_equal}".format(**row), flush=True)
+                line = "{way:<24}{kind:<9}{batch:>2}  {float32:.1e}  {bfloat16:.1e}  {tokens_equal}"
+                print(line.format(**row), flush=True)
     result["largest"] = {dtype: max(row[dtype] for row in result["cells"]) for dtype in ("float32", "bfloat16")}
     print(result["largest"], "all tokens equal:", all(row["tokens_equal"] for row in result["cells"]))
     output.parent.mkdir(parents=True, exist_ok=True)

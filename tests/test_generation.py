@@ -181,19 +181,6 @@ def test_memory_over_length(kind):
     assert short == middle == long if kind != "global" else short < middle < long
 
 
-def test_one_address():
-    """From the first forward on, every state is updated where it lies: CUDA graphs rely on that."""
-    model, cache = tiny_model(), new_cache(tiny_model())
-    addresses = []
-    with torch.no_grad():
-        for length in (7, 1, 1, 5, 70, 1):
-            model(token_ids(2, length), past_key_values=cache)
-            layers = [vars(layer) for layer in cache.layers]
-            tensors = [x for layer in layers for name in ("conv_states", "recurrent_states") for x in layer[name].values()]
-            addresses.append([x.data_ptr() for x in tensors if x is not None])
-    assert len(addresses[0]) == 2 * 4 and all(a == addresses[0] for a in addresses)
-
-
 @pytest.mark.parametrize("implementation", ["dynamic", "static"])
 @all_kinds
 def test_decoding_takes_the_step(kind, implementation, monkeypatch):
@@ -239,8 +226,10 @@ def test_compiled_decoding(kind):
 class Stream:
     """Stands in for a CUDA stream."""
 
-    __enter__ = wait_stream = lambda self, *_: None
-    __exit__ = lambda self, *_: None
+    def wait_stream(self, *_):
+        pass
+
+    __enter__ = __exit__ = wait_stream
 
 
 class AwayLayer(transformers.cache_utils.DynamicLayer):
