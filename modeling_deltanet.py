@@ -35,7 +35,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_deltanet import DeltaNetAttention, attention_masks, rotary_embedding
 from .cache_deltanet import CACHE_NAME, accept_cache_name
-from .configuration_deltanet import DELTA_LAYER_TYPE, DeltaNetConfig
+from .configuration_deltanet import CONVERSION_COMMAND, DELTA_LAYER_TYPE, DeltaNetConfig
 from .layout_deltanet import (
     TokenLayout,
     check_mask,
@@ -110,25 +110,29 @@ class DeltaNetPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As in Transformers; raises `ValueError` for the layouts of 2024, which would load with random weights."""
+        arguments = (pretrained_model_name_or_path, *args)
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
+            model, info = super().from_pretrained(*arguments, **kwargs, output_loading_info=True)
         except RuntimeError as error:
-            if "gate_proj" in str(error) and "mismatch" in str(error).lower():
-                raise ValueError(_layout_of_2024(pretrained_model_name_or_path, "gate_proj of twice the width")) from error
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            # The error does not say which sizes disagree; to load once more does.
+            kwargs["ignore_mismatched_sizes"] = True
+            _refuse_layouts_of_2024(*super().from_pretrained(*arguments, **kwargs, output_loading_info=True))
             raise
-        old_norms = [key for key in info["unexpected_keys"] if re.search(r"layers\.\d+\.(attn|mlp)\.norm\.weight$", key)]
-        if old_norms:
-            raise ValueError(_layout_of_2024(pretrained_model_name_or_path, f"norms named {old_norms[0]}"))
+        _refuse_layouts_of_2024(model, info)
         return (model, info) if output_loading_info else model
 
 
-def _layout_of_2024(source, what: str) -> str:
-    return (
-        f"The checkpoint {source} has a layout of 2024 ({what}). Rewrite it once, exactly, with "
-        f"`python -m deltanet.convert {source} OUTPUT_DIRECTORY`, and load the result."
-    )
+def _refuse_layouts_of_2024(model: PreTrainedModel, info: dict) -> None:
+    norms = [key for key in info["unexpected_keys"] if re.search(r"layers\.\d+\.(attn|mlp)\.norm\.weight$", key)]
+    gates = [key for key, *_ in info["mismatched_keys"] if key.replace("gate_proj", "up_proj") in info["missing_keys"]]
+    if norms or gates:
+        what = f"norms named {min(norms)}" if norms else f"both halves of the SwiGLU in {min(gates)}"
+        raise ValueError(
+            f"The checkpoint {model.name_or_path} has a layout of 2024 ({what}). Rewrite it once, exactly, with "
+            f"`{CONVERSION_COMMAND}`, and load the result."
+        )
 
 
 class DeltaNetModel(DeltaNetPreTrainedModel):
