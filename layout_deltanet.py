@@ -26,9 +26,10 @@ def values_are_readable(tensor: torch.Tensor) -> bool:
 
 
 def check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
-    """Raise `ValueError` for ids [B, T] outside the vocabulary."""
-    if input_ids.ndim != 2:
-        raise ValueError(f"`input_ids` has shape {tuple(input_ids.shape)}; allowed: [batch, tokens].")
+    """Raise `ValueError` unless the ids are integers [B, T] of the vocabulary."""
+    if input_ids.ndim != 2 or input_ids.is_floating_point():
+        shape = tuple(input_ids.shape)
+        raise ValueError(f"`input_ids` has shape {shape} and is {input_ids.dtype}; allowed: integers [batch, tokens].")
     if values_are_readable(input_ids) and input_ids.numel() > 0:
         low, high = input_ids.min().item(), input_ids.max().item()
         if low < 0 or high >= vocab_size:
@@ -36,10 +37,15 @@ def check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
 
 
 def check_mask(attention_mask: torch.Tensor, batch: int, length: int, past_key_values: Cache | None) -> None:
-    """Raise `ValueError` unless the mask is [batch, tokens seen + new tokens]."""
+    """Raise `ValueError` unless the mask is [batch, tokens seen + new tokens] of zeros and ones."""
     shape = tuple(attention_mask.shape)
     if len(shape) != 2 or shape[0] != batch:
         raise ValueError(f"`attention_mask` has shape {shape}; allowed: [{batch}, tokens], one row for each sequence.")
+    if values_are_readable(attention_mask) and bool(((attention_mask != 0) & (attention_mask != 1)).any()):
+        raise ValueError(
+            "`attention_mask` holds other values than 0 and 1; allowed: 0 at padding and 1 at real tokens. Numbers of "
+            "packed sequences go into `seq_idx`."
+        )
     seen = 0
     if past_key_values is not None:
         seen = past_key_values.get_seq_length()
