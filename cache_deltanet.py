@@ -1,5 +1,6 @@
 """The recurrent state of DeltaNet as one layer of Transformers' caches."""
 
+from contextlib import nullcontext
 from functools import wraps
 
 import torch
@@ -44,8 +45,9 @@ class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
     def __init__(self, **kwargs):
         CacheLayerMixin.__init__(self)
         LinearAttentionLayer.__init__(self, number_of_states=3)
-        # A tensor, so that a compiled decoding step does not recompile for each length.
-        self.cumulative_length = torch.zeros((), dtype=torch.long)
+        with _changeable_later():
+            # A tensor, so that a compiled decoding step does not recompile for each length.
+            self.cumulative_length = torch.zeros((), dtype=torch.long)
 
     def read(self, x: torch.Tensor) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
         """
@@ -76,7 +78,8 @@ class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         """Count tokens whose states were updated in place."""
         if self.device is None:
             self.dtype, self.device = self.recurrent_states[0].dtype, self.recurrent_states[0].device
-            self.cumulative_length = self.cumulative_length.to(self.device)
+            with _changeable_later():
+                self.cumulative_length = self.cumulative_length.to(self.device)
             self.is_initialized = True
         self.has_previous_state = dict.fromkeys(range(3), True)
         self.cumulative_length.add_(num_new_tokens)
@@ -85,7 +88,8 @@ class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         # After a reset nothing is lost with the old buffers, and another batch size may come.
         is_fresh = not self.has_previous_state[0]
         if not initialized[index] or is_fresh and (states[index].shape, states[index].device) != (value.shape, value.device):
-            states[index] = torch.empty_like(value)
+            with _changeable_later():
+                states[index] = torch.empty_like(value)
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(states[index])
             initialized[index] = True
@@ -97,10 +101,9 @@ class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         states[index].copy_(value.detach())
 
     def _map_states(self, function) -> None:
-        for states in (self.conv_states, self.recurrent_states):
-            for index, state in states.items():
-                if state is not None:
-                    states[index] = function(state)
+        with _changeable_later():
+            for states in (self.conv_states, self.recurrent_states):
+                states.update({index: function(state) for index, state in states.items() if state is not None})
 
     def get_seq_length(self) -> torch.Tensor:
         return self.cumulative_length
@@ -116,10 +119,7 @@ class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self.cumulative_length.zero_()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        def reorder(state):
-            return state.copy_(state.index_select(0, beam_idx.to(state.device)))
-
-        self._map_states(reorder)
+        self._map_states(lambda state: state.copy_(state.index_select(0, beam_idx.to(state.device))))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
@@ -144,6 +144,11 @@ class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         raise NotImplementedError(_IRREVERSIBLE)
+
+
+def _changeable_later():
+    """A context whose new tensors may be updated in place after `torch.inference_mode`, which `generate` does not use."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 _IRREVERSIBLE = (

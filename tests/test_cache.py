@@ -168,6 +168,21 @@ def test_one_address():
     assert len(places[0][0]) == 4 and all(place == places[0] for place in places)
 
 
+@all_kinds
+def test_inference_mode_and_back(kind):
+    """A prompt read in `torch.inference_mode` can be continued outside, as `generate` does, and the other way round."""
+    model, ids = tiny_model(kind), token_ids(2, 9)
+    parts, cache = [], None
+    for part, mode in zip(ids.split((4, 1, 3, 1), 1), (torch.inference_mode, torch.no_grad) * 2):
+        with mode():
+            cache = DynamicCache(config=model.config) if cache is None else cache
+            parts.append(model(part, past_key_values=cache).logits)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            cache.batch_select_indices(torch.tensor([1, 0]))
+    with torch.no_grad():
+        assert relative_error(torch.cat(parts, 1), model(ids, use_cache=False).logits) <= 1e-5
+
+
 # The batch
 
 
