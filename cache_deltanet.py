@@ -148,7 +148,9 @@ class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
 def _changeable_later():
     """A context whose new tensors may be updated in place after `torch.inference_mode`, which `generate` does not use."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
 
 
 _IRREVERSIBLE = (

@@ -222,6 +222,22 @@ def test_compiled_decoding(kind):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("kind", ["pure", "global"])
+def test_compiled_prompt(kind):
+    """A prompt read in one graph, into a cache that the graph makes or one that is given."""
+    torch._dynamo.reset()
+    model, ids = generator(kind, num_hidden_layers=2), token_ids(2, 9)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        for given in ({}, {"past_key_values": StaticCache(config=model.config, max_cache_len=9)}):
+            output = compiled(ids[:, :7], use_cache=True, **given)
+            assert relative_error(output.logits, expected[:, :7]) <= 1e-5
+            rest = model(ids[:, 7:], past_key_values=getattr(output, CACHE_NAME)).logits
+            assert relative_error(rest, expected[:, 7:]) <= 1e-5
+    torch._dynamo.reset()
+
+
 # Offloading in hybrids
 
 
