@@ -183,17 +183,12 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         self._check_checkpointing(past_key_values)
 
-        restarts = None
-        if cu_seqlens is not None:
-            layout, restarts = packed_layout(cu_seqlens, shape[1])
-        else:
-            delta_mask = attention_mask.get(DELTA_LAYER_TYPE) if masks_are_ready else attention_mask
-            layout = padding_layout(delta_mask, shape[1], self.config.conv_size)
+        layout, restarts = self._layout(cu_seqlens, attention_mask, shape[1])
         masks, position_embeddings = {}, None
         if self.config.attention_specs:
-            if position_ids is None and restarts is None:
-                position_ids = self._positions(inputs_embeds, attention_mask, past_key_values)
-            position_ids = restarts if position_ids is None else position_ids
+            if position_ids is None:
+                counted = self._positions(inputs_embeds, attention_mask, past_key_values)
+                position_ids = counted if restarts is None else restarts
             position_embeddings = self._rotary_embeddings(position_ids, inputs_embeds.dtype)
             # The boundaries in force, which `position_ids` need not repeat next to `cu_seq_lens_q` or `seq_idx`.
             kwargs["position_ids"] = position_ids if restarts is None else restarts
@@ -242,6 +237,14 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
                 "`past_key_values` cannot be used with gradient checkpointing in training: the backward pass runs every "
                 "layer again and would absorb the tokens twice."
             )
+
+    def _layout(self, cu_seqlens, attention_mask, length):
+        """The layout of the batch, and positions [1, T] that restart with every packed sequence or `None`."""
+        if cu_seqlens is not None:
+            return packed_layout(cu_seqlens, length)
+        if isinstance(attention_mask, dict):
+            attention_mask = attention_mask.get(DELTA_LAYER_TYPE)
+        return padding_layout(attention_mask, length, self.config.conv_size), None
 
     @staticmethod
     def _positions(inputs_embeds, attention_mask, past_key_values):
