@@ -301,6 +301,12 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
                 masks[DELTA_LAYER_TYPE] = new
         return masks
 
+    def init_continuous_batching(self, *args, **kwargs):
+        raise NotImplementedError(
+            "Continuous batching keeps pages of keys and values and has no place for DeltaNet's recurrent state; `generate` "
+            "takes a padded batch."
+        )
+
     @accept_cache_name
     @can_return_tuple
     def forward(
