@@ -1,5 +1,6 @@
 """The recurrent state of DeltaNet as one layer of Transformers' caches."""
 
+from contextlib import nullcontext
 from functools import wraps
 
 import torch
@@ -31,8 +32,8 @@ class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
     State of one delta-rule layer; `DynamicCache(config=...)` and `StaticCache(config=..., max_cache_len=...)` create it.
 
     `recurrent_states[0]` is [B, H, K, V] float32. `conv_states[0..2]` are the last `conv_size - 1` inputs of the
-    convolutions of queries, keys and values, [B, D, conv_size - 1] in the model's dtype. The size does not depend on the
-    number of tokens. Buffers keep their address from the first forward on; every update is in place.
+    convolutions of queries, keys and values, [B, D, conv_size - 1] in the dtype of the first forward. The size does not
+    depend on the number of tokens. Buffers keep their address from the first forward on; every update is in place.
     """
 
     _layer_type = DELTA_LAYER_TYPE
@@ -44,14 +45,26 @@ class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
     def __init__(self, **kwargs):
         CacheLayerMixin.__init__(self)
         LinearAttentionLayer.__init__(self, number_of_states=3)
-        # A tensor, so that a compiled decoding step does not recompile for each length.
-        self.cumulative_length = torch.zeros((), dtype=torch.long)
+        with _changeable_later():
+            # A tensor, so that a compiled decoding step does not recompile for each length.
+            self.cumulative_length = torch.zeros((), dtype=torch.long)
 
-    def read(self) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
-        """The three convolution states and the recurrent state, all `None` before the first token."""
+    def read(self, x: torch.Tensor) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
+        """
+        The three convolution states and the recurrent state, all `None` before the first token.
+
+        Raises `ValueError` unless they are of the batch size and on the device of `x` [B, T, D].
+        """
         if not self.has_previous_state[0]:
             return [None, None, None], None
-        return [self.conv_states[i] for i in range(3)], self.recurrent_states[0]
+        state = self.recurrent_states[0]
+        if state.shape[0] != x.shape[0] or state.device != x.device:
+            raise ValueError(
+                f"`past_key_values` holds states of {state.shape[0]} sequences on {state.device}; allowed: those of the "
+                f"input, {x.shape[0]} on {x.device}."
+            )
+        # Autograd needs this forward's state after `write` has overwritten the buffer.
+        return [self.conv_states[i] for i in range(3)], state.clone() if torch.is_grad_enabled() else state
 
     def write(self, conv_states: list[torch.Tensor | None], recurrent_state: torch.Tensor, num_new_tokens: int) -> None:
         """Copy new states into the buffers and count `num_new_tokens` absorbed tokens, padding included."""
@@ -65,29 +78,32 @@ class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         """Count tokens whose states were updated in place."""
         if self.device is None:
             self.dtype, self.device = self.recurrent_states[0].dtype, self.recurrent_states[0].device
-            self.cumulative_length = self.cumulative_length.to(self.device)
+            with _changeable_later():
+                self.cumulative_length = self.cumulative_length.to(self.device)
             self.is_initialized = True
         self.has_previous_state = dict.fromkeys(range(3), True)
         self.cumulative_length.add_(num_new_tokens)
 
     def _copy(self, states: dict, initialized: dict, index: int, value: torch.Tensor) -> None:
-        if not initialized[index]:
-            states[index] = torch.empty_like(value)
+        # After a reset nothing is lost with the old buffers, and another batch size may come.
+        is_fresh = not self.has_previous_state[0]
+        if not initialized[index] or is_fresh and (states[index].shape, states[index].device) != (value.shape, value.device):
+            with _changeable_later():
+                states[index] = torch.empty_like(value)
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(states[index])
             initialized[index] = True
         if states[index].shape != value.shape:
             raise ValueError(
-                f"The cache holds states of shape {tuple(states[index].shape)}; this forward makes {tuple(value.shape)}. "
-                "Use a cache for one batch size, or `reset` and build another."
+                f"`past_key_values` holds a state of shape {tuple(states[index].shape)}; this forward made one of shape "
+                f"{tuple(value.shape)}. A cache belongs to one model and one batch."
             )
         states[index].copy_(value.detach())
 
     def _map_states(self, function) -> None:
-        for states in (self.conv_states, self.recurrent_states):
-            for index, state in states.items():
-                if state is not None:
-                    states[index] = function(state)
+        with _changeable_later():
+            for states in (self.conv_states, self.recurrent_states):
+                states.update({index: function(state) for index, state in states.items() if state is not None})
 
     def get_seq_length(self) -> torch.Tensor:
         return self.cumulative_length
@@ -103,10 +119,7 @@ class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self.cumulative_length.zero_()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        def reorder(state):
-            return state.copy_(state.index_select(0, beam_idx.to(state.device)))
-
-        self._map_states(reorder)
+        self._map_states(lambda state: state.copy_(state.index_select(0, beam_idx.to(state.device))))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
@@ -133,6 +146,13 @@ class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         raise NotImplementedError(_IRREVERSIBLE)
 
 
+def _changeable_later():
+    """A context whose new tensors may be updated in place after `torch.inference_mode`, which `generate` does not use."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
+
+
 _IRREVERSIBLE = (
     "The recurrent state of a DeltaNet layer cannot be rolled back: tokens are folded into it for good. Cropping a cache "
     "and assisted decoding are therefore not possible; `copy.deepcopy(cache)` keeps a state to return to."
@@ -156,4 +176,18 @@ def delta_cache_layer(past_key_values: Cache | None, layer_idx: int) -> DeltaNet
     return layers[layer_idx]
 
 
-__all__ = ["CACHE_NAME", "DeltaNetCacheLayer", "accept_cache_name", "delta_cache_layer"]
+def prefetch_next_layer(past_key_values: Cache, layer_idx: int, device: torch.device) -> None:
+    """
+    Start bringing back the keys and values of the attention layer that follows block `layer_idx` in an offloaded cache.
+
+    Transformers does so in attention layers only, for the layer right behind, which here is a delta-rule layer.
+    """
+    if not getattr(past_key_values, "offloading", False) or past_key_values.only_non_sliding:
+        return
+    if any(layer.keys is not None for layer in past_key_values.layers):
+        # What was sent away must have arrived before it is fetched.
+        past_key_values.prefetch_stream.wait_stream(torch.cuda.default_stream(device))
+        past_key_values.prefetch(layer_idx + 1, past_key_values.only_non_sliding)
+
+
+__all__ = ["CACHE_NAME", "DeltaNetCacheLayer", "accept_cache_name", "delta_cache_layer", "prefetch_next_layer"]

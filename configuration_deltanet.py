@@ -6,6 +6,9 @@ from transformers.configuration_utils import PreTrainedConfig
 # The cache layer of `cache_deltanet.py` registers itself under this name.
 DELTA_LAYER_TYPE = "linear_attention_delta"
 
+# Rewrites a checkpoint in one of the layouts of 2024.
+CONVERSION_COMMAND = "python -m deltanet.publish SOURCE --output OUTPUT_DIRECTORY"
+
 # Keys that a reference configuration may carry and that change the maths, with the only value supported here.
 _UNSUPPORTED = {
     "attnres_block_size": None,
@@ -132,7 +135,8 @@ class DeltaNetConfig(PreTrainedConfig):
             # The field, not its alias: the strict dataclass checks the types of fields only.
             setattr(self, self.attribute_map[alias], kwargs.pop(alias))
         for key, supported in _UNSUPPORTED.items():
-            _require(kwargs.get(key, supported) in (supported, None), key, kwargs.get(key), f"{supported!r}")
+            hint = f"; `{CONVERSION_COMMAND}` rewrites such a checkpoint of 2024" if key == "norm_first" else ""
+            _require(kwargs.get(key, supported) in (supported, None), key, kwargs.get(key), f"{supported!r}{hint}")
         if self.intermediate_size is None:
             _require(self.hidden_ratio is not None, "hidden_ratio", None, "a number where `intermediate_size` is None")
             self.intermediate_size = 256 * -(-int(self.hidden_size * self.hidden_ratio * 2 / 3) // 256)
@@ -254,4 +258,4 @@ class DeltaNetConfig(PreTrainedConfig):
         _require(valid, f"{name}.rope_theta", theta, "None (10000) or a positive number")
 
 
-__all__ = ["DELTA_LAYER_TYPE", "DeltaNetConfig"]
+__all__ = ["CONVERSION_COMMAND", "DELTA_LAYER_TYPE", "DeltaNetConfig"]

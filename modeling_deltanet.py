@@ -13,6 +13,7 @@ Per token and head, with the state S [K, V], the mixer of every block computes
 """
 
 import re
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -22,23 +23,19 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_deltanet import CACHE_NAME, accept_cache_name, delta_cache_layer
-from .configuration_deltanet import DELTA_LAYER_TYPE, DeltaNetConfig
-from .kernels.delta_rule import chunk_delta_rule, delta_rule_step, recurrent_delta_rule
-from .kernels.reference import compute_dtype
-from .kernels.short_conv import short_convolution, short_convolution_step
+from .attention_deltanet import DeltaNetAttention, attention_masks, rotary_embedding
+from .cache_deltanet import CACHE_NAME, accept_cache_name
+from .configuration_deltanet import CONVERSION_COMMAND, DELTA_LAYER_TYPE, DeltaNetConfig
 from .layout_deltanet import (
     TokenLayout,
     check_mask,
@@ -46,188 +43,15 @@ from .layout_deltanet import (
     find_boundaries,
     packed_layout,
     padding_layout,
+    values_are_readable,
 )
+from .mixer_deltanet import DeltaNetMixer, DeltaNetRMSNorm
 
 # The reference calls the embedding `embeddings` on disk; in memory it has the name that Transformers' sharding, tensor
 # parallel and adapter helpers look for.
 register_checkpoint_conversion_mapping(
     DeltaNetConfig.model_type, [WeightRenaming("embeddings", "embed_tokens")], overwrite=True
 )
-
-
-class DeltaNetRMSNorm(nn.Module):
-    """RMSNorm over the last dimension, in float32 with one rounding at the end (the reference rounds there too)."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = compute_dtype(x.dtype)
-        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
-
-
-class DeltaNetShortConvolution(nn.Conv1d):
-    """Depthwise causal convolution, its weight [D, 1, W] used nowhere else (offloading and sharding rely on that)."""
-
-    def __init__(self, dim: int, width: int, activation: str | None):
-        super().__init__(dim, dim, width, groups=dim, bias=False)
-        self.activation = activation
-
-    def forward(
-        self, x: torch.Tensor, state: torch.Tensor | None, layout: TokenLayout, output_state: bool, in_place: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [B, T, D] -> (y [B, T, D], state [B, D, W - 1] or `None`); `in_place` updates `state` for a single token."""
-        weight = self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight
-        if in_place:
-            return short_convolution_step(x[:, 0], weight, None, self.activation, state)[:, None], None
-        order = layout.order
-        if order is not None and state is None and not output_state:
-            # Nothing precedes or follows, so zeros in place of padding are exact and cheaper than stepping over it.
-            x, order = x.masked_fill(~layout.real[..., None], 0), None
-        return short_convolution(
-            x,
-            weight,
-            activation=self.activation,
-            initial_state=state,
-            output_final_state=output_state,
-            cu_seqlens=layout.cu_seqlens,
-            padding_order=order,
-        )
-
-
-class DeltaNetMixer(nn.Module):
-    """The delta-rule layer of the paper's section 3.3; parameter names are the reference's."""
-
-    def __init__(self, config: DeltaNetConfig, layer_idx: int):
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.qk_activation, self.qk_norm = config.qk_activation, config.qk_norm
-        self.use_short_conv, self.use_beta, self.use_gate = config.use_short_conv, config.use_beta, config.use_gate
-        self.beta_scale = 2.0 if config.allow_neg_eigval else 1.0
-        self.delta_rule = chunk_delta_rule if config.attn_mode == "chunk" else recurrent_delta_rule
-        hidden_size, num_heads = config.hidden_size, config.num_heads
-        key_dim, value_dim = int(hidden_size * config.expand_k), int(hidden_size * config.expand_v)
-        self.head_k_dim, self.head_v_dim = key_dim // num_heads, value_dim // num_heads
-
-        self.q_proj = nn.Linear(hidden_size, key_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, key_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, value_dim, bias=False)
-        if config.use_beta:
-            self.b_proj = nn.Linear(hidden_size, num_heads, bias=False)
-        if config.use_short_conv:
-            qk_silu = "silu" if config.qk_activation == "silu" else None
-            self.q_conv1d = DeltaNetShortConvolution(key_dim, config.conv_size, qk_silu)
-            self.k_conv1d = DeltaNetShortConvolution(key_dim, config.conv_size, qk_silu)
-            self.v_conv1d = DeltaNetShortConvolution(value_dim, config.conv_size, "silu")
-        if config.use_gate:
-            self.g_proj = nn.Linear(hidden_size, value_dim, bias=False)
-        self.o_norm = DeltaNetRMSNorm(self.head_v_dim, config.norm_eps)
-        self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)
-
-    def forward(
-        self, hidden_states: torch.Tensor, layout: TokenLayout, past_key_values: Cache | None = None
-    ) -> torch.Tensor:
-        """hidden_states [B, T, hidden_size] -> the same shape."""
-        cache = delta_cache_layer(past_key_values, self.layer_idx)
-        conv_states, state = ([None] * 3, None) if cache is None else cache.read()
-        is_step = state is not None and hidden_states.shape[1] == 1 and layout.real is None and not torch.is_grad_enabled()
-
-        q, k, v, conv_states = self._project(hidden_states, conv_states, layout, cache is not None, is_step)
-        beta = self._writing_strength(hidden_states, k.shape[2], layout)
-        use_l2 = self.qk_norm == "l2"
-        if is_step:
-            o = delta_rule_step(q[:, 0], k[:, 0], v[:, 0], beta[:, 0], state, use_qk_l2norm_in_kernel=use_l2)[:, None]
-            cache.advance(1)
-        else:
-            o, final_state = self.delta_rule(
-                q, k, v, beta, None, state, cache is not None, use_l2, cu_seqlens=layout.cu_seqlens
-            )
-            if cache is not None:
-                cache.write(conv_states, final_state, hidden_states.shape[1])
-
-        o = self.o_norm(o)
-        if self.use_gate:
-            o = o * F.silu(self.g_proj(hidden_states)).unflatten(-1, (-1, self.head_v_dim))
-        return self.o_proj(o.flatten(-2))
-
-    def _project(self, hidden_states, conv_states, layout, output_state, is_step):
-        """Queries, keys [B, T, H, K] and values [B, T, H, V] ready for the delta rule, and the convolutions' new states."""
-        streams = [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)]
-        new_states = [None, None, None]
-        if self.use_short_conv:
-            convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-            for i, convolution in enumerate(convolutions):
-                streams[i], new_states[i] = convolution(streams[i], conv_states[i], layout, output_state, is_step)
-        else:
-            activated = (0, 1, 2) if self.qk_activation == "silu" else (2,)
-            streams = [F.silu(x) if i in activated else x for i, x in enumerate(streams)]
-        q, k = (self._feature_map(x.unflatten(-1, (-1, self.head_k_dim)), layout) for x in streams[:2])
-        return q, k, streams[2].unflatten(-1, (-1, self.head_v_dim)), new_states
-
-    def _feature_map(self, x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        """Activations other than SiLU, and the normalisation by the sum; the L2 norm is the operation's own."""
-        if self.qk_activation == "relu":
-            x = F.relu(x)
-        elif self.qk_activation == "elu":
-            x = F.elu(x) + 1
-        if self.qk_norm == "sum":
-            total = x.to(compute_dtype(x.dtype)).sum(-1, keepdim=True)
-            if layout.real is not None:
-                # Features of tokens that do not exist are zero and would become NaN, which a zero beta does not stop.
-                total = total.masked_fill(~layout.real[..., None, None], 1)
-            x = (x / total).to(x.dtype)
-        return x
-
-    def _writing_strength(self, hidden_states: torch.Tensor, num_heads: int, layout: TokenLayout) -> torch.Tensor:
-        """Beta, [B, T, H] in float32 (float64 in a float64 model), zero at padding; H is this rank's share of the heads."""
-        dtype = compute_dtype(hidden_states.dtype)
-        if self.use_beta:
-            beta = self.b_proj(hidden_states).to(dtype).sigmoid() * self.beta_scale
-        else:
-            beta = hidden_states.new_full((*hidden_states.shape[:2], num_heads), self.beta_scale, dtype=dtype)
-        return beta if layout.real is None else beta.masked_fill(~layout.real[..., None], 0)
-
-
-class DeltaNetAttention(nn.Module):
-    """Softmax attention of the hybrid models: RoPE, optional sliding window and grouped key-value heads."""
-
-    def __init__(self, config: DeltaNetConfig, layer_idx: int):
-        super().__init__()
-        spec = config.attention_specs[layer_idx]
-        num_heads = spec["num_heads"]
-        num_kv_heads = spec["num_kv_heads"] or num_heads
-        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
-        self.head_dim = config.hidden_size // num_heads
-        self.rope = (self.head_dim, float(spec["rope_theta"] or 10000.0))
-        self.num_key_value_groups = num_heads // num_kv_heads
-        self.sliding_window = spec["window_size"]
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=spec["qkv_bias"])
-        self.k_proj = nn.Linear(config.hidden_size, num_kv_heads * self.head_dim, bias=spec["qkv_bias"])
-        self.v_proj = nn.Linear(config.hidden_size, num_kv_heads * self.head_dim, bias=spec["qkv_bias"])
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(self, hidden_states, attention_mask, position_embeddings, past_key_values=None, **kwargs):
-        """hidden_states [B, T, hidden_size] -> (the same shape, attention weights or `None`)."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings[self.rope])
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        scaling = self.head_dim**-0.5
-        window = self.sliding_window
-        o, weights = attention(self, q, k, v, attention_mask, scaling=scaling, sliding_window=window, **kwargs)
-        return self.o_proj(o.flatten(-2)), weights
-
-
-def rotary_embedding(position_ids: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype):
-    """Cosine and sine of RoPE for positions [B, T], each [B, T, head_dim]; computed in float32."""
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=compute_dtype(dtype)) / head_dim
-    angles = position_ids[..., None] * theta**-exponents
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class DeltaNetMLP(nn.Module):
@@ -256,11 +80,13 @@ class DeltaNetBlock(GradientCheckpointingLayer):
         self.mlp = DeltaNetMLP(config)
 
     def forward(self, hidden_states, layout=None, attention_mask=None, position_embeddings=None, cache=None, **kwargs):
+        layout = layout or TokenLayout()
         normed = self.attn_norm(hidden_states)
         if self.is_delta:
-            mixed = self.attn(normed, layout or TokenLayout(), cache)
+            mixed = self.attn(normed, layout, cache)
         else:
-            mixed, _ = self.attn(normed, attention_mask, position_embeddings, cache, **kwargs)
+            packed = None if layout.cu_seqlens is None else layout.real
+            mixed, _ = self.attn(normed, attention_mask, position_embeddings, cache, packed, **kwargs)
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
@@ -284,25 +110,29 @@ class DeltaNetPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As in Transformers; raises `ValueError` for the layouts of 2024, which would load with random weights."""
+        arguments = (pretrained_model_name_or_path, *args)
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
+            model, info = super().from_pretrained(*arguments, **kwargs, output_loading_info=True)
         except RuntimeError as error:
-            if "gate_proj" in str(error) and "mismatch" in str(error).lower():
-                raise ValueError(_layout_of_2024(pretrained_model_name_or_path, "gate_proj of twice the width")) from error
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            # The error does not say which sizes disagree; to load once more does.
+            kwargs["ignore_mismatched_sizes"] = True
+            _refuse_layouts_of_2024(*super().from_pretrained(*arguments, **kwargs, output_loading_info=True))
             raise
-        old_norms = [key for key in info["unexpected_keys"] if re.search(r"layers\.\d+\.(attn|mlp)\.norm\.weight$", key)]
-        if old_norms:
-            raise ValueError(_layout_of_2024(pretrained_model_name_or_path, f"norms named {old_norms[0]}"))
+        _refuse_layouts_of_2024(model, info)
         return (model, info) if output_loading_info else model
 
 
-def _layout_of_2024(source, what: str) -> str:
-    return (
-        f"The checkpoint {source} has a layout of 2024 ({what}). Rewrite it once, exactly, with "
-        f"`python -m deltanet.convert {source} OUTPUT_DIRECTORY`, and load the result."
-    )
+def _refuse_layouts_of_2024(model: PreTrainedModel, info: dict) -> None:
+    norms = [key for key in info["unexpected_keys"] if re.search(r"layers\.\d+\.(attn|mlp)\.norm\.weight$", key)]
+    gates = [key for key, *_ in info["mismatched_keys"] if key.replace("gate_proj", "up_proj") in info["missing_keys"]]
+    if norms or gates:
+        what = f"norms named {min(norms)}" if norms else f"both halves of the SwiGLU in {min(gates)}"
+        raise ValueError(
+            f"The checkpoint {model.name_or_path} has a layout of 2024 ({what}). Rewrite it once, exactly, with "
+            f"`{CONVERSION_COMMAND}`, and load the result."
+        )
 
 
 class DeltaNetModel(DeltaNetPreTrainedModel):
@@ -332,7 +162,8 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         Args:
             input_ids: [B, T]; or `inputs_embeds` [B, T, hidden_size].
             attention_mask: [B, tokens in the cache + T], zero at padding. A padded token writes nothing anywhere.
-            position_ids: [B, T]. Without mask and cache, a restart in a single row begins a new packed sequence.
+            position_ids: [B, T]; by default counted from the cache or the mask. Without mask and cache, a restart in a
+                single row begins a new packed sequence.
             past_key_values: `DynamicCache(config=...)` or `StaticCache(config=...)`; Transformers 5.24 says `cache`.
             use_cache: return the recurrent state; by default in evaluation only, never for packed sequences.
             kwargs: `cu_seq_lens_q` [N + 1] or `seq_idx` [1, T] mark packed sequences; others go to the attention layers.
@@ -341,37 +172,29 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
             `ValueError` naming the argument, what it was and what is allowed.
         """
         inputs_embeds = self._embed(input_ids, inputs_embeds)
-        batch, length = inputs_embeds.shape[:2]
+        shape = inputs_embeds.shape[:2]
         masks_are_ready = isinstance(attention_mask, dict)
         if attention_mask is not None and not masks_are_ready:
-            check_mask(attention_mask, batch, length, past_key_values)
+            check_mask(attention_mask, *shape, past_key_values)
         cu_seqlens = find_boundaries(
-            batch=batch,
-            length=length,
-            position_ids=position_ids,
-            cu_seq_lens_q=kwargs.get("cu_seq_lens_q"),
-            seq_idx=kwargs.pop("seq_idx", None),
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            shape, position_ids, kwargs.get("cu_seq_lens_q"), kwargs.pop("seq_idx", None), attention_mask, past_key_values
         )
         if past_key_values is None and cu_seqlens is None and self._wants_cache(use_cache):
             past_key_values = DynamicCache(config=self.config)
         self._check_checkpointing(past_key_values)
 
-        if cu_seqlens is not None:
-            layout, packed_position_ids = packed_layout(cu_seqlens, length)
-            position_ids = packed_position_ids if position_ids is None else position_ids
-        else:
-            delta_mask = attention_mask.get(DELTA_LAYER_TYPE) if masks_are_ready else attention_mask
-            layout = padding_layout(delta_mask, length, self.config.conv_size)
+        layout, restarts = self._layout(cu_seqlens, attention_mask, shape[1])
         masks, position_embeddings = {}, None
         if self.config.attention_specs:
-            position_ids = self._positions(position_ids, inputs_embeds, past_key_values)
-            masks = attention_mask if masks_are_ready else self.attention_masks(
-                self.config, inputs_embeds, attention_mask, past_key_values, position_ids
-            )
+            if position_ids is None:
+                counted = self._positions(inputs_embeds, attention_mask, past_key_values)
+                position_ids = counted if restarts is None else restarts
             position_embeddings = self._rotary_embeddings(position_ids, inputs_embeds.dtype)
-            kwargs["position_ids"] = position_ids
+            # The boundaries in force, which `position_ids` need not repeat next to `cu_seq_lens_q` or `seq_idx`.
+            kwargs["position_ids"] = position_ids if restarts is None else restarts
+            masks = attention_mask if masks_are_ready else attention_masks(
+                self.config, inputs_embeds, attention_mask, past_key_values, kwargs["position_ids"]
+            )
 
         hidden_states = inputs_embeds
         for block, layer_type in zip(self.layers, self.config.layer_types):
@@ -415,29 +238,26 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
                 "layer again and would absorb the tokens twice."
             )
 
+    def _layout(self, cu_seqlens, attention_mask, length):
+        """The layout of the batch, and positions [1, T] that restart with every packed sequence or `None`."""
+        if cu_seqlens is not None:
+            return packed_layout(cu_seqlens, length)
+        if isinstance(attention_mask, dict):
+            attention_mask = attention_mask.get(DELTA_LAYER_TYPE)
+        return padding_layout(attention_mask, length, self.config.conv_size), None
+
     @staticmethod
-    def _positions(position_ids, inputs_embeds, past_key_values):
-        if position_ids is not None:
-            return position_ids
+    def _positions(inputs_embeds, attention_mask, past_key_values):
+        """[1 or B, T]; padding takes no position, so that a row continues the same way whatever stands before it."""
+        length = inputs_embeds.shape[1]
+        if isinstance(attention_mask, torch.Tensor):
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        return (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
+        return (torch.arange(length, device=inputs_embeds.device) + seen)[None]
 
     def _rotary_embeddings(self, position_ids, dtype):
         ropes = {block.attn.rope for block in self.layers if not block.is_delta}
         return {rope: rotary_embedding(position_ids, *rope, dtype) for rope in ropes}
-
-    @staticmethod
-    def attention_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids) -> dict:
-        """Masks of a hybrid's attention layers by layer type, in the form the attention implementation wants."""
-        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        arguments = {
-            "config": config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            CACHE_NAME: past_key_values,
-            "position_ids": position_ids,
-        }
-        return {kind: make(**arguments) for kind, make in makers.items() if kind in config.layer_types}
 
 
 class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
@@ -455,15 +275,37 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    # `generate` reads the signature to learn what the model takes.
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, is_first_iteration=False, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        # Ready masks for every decoding step; Transformers makes them for compilable caches only.
+        mask, cache, ids = inputs.get("attention_mask"), inputs.get(CACHE_NAME), inputs["input_ids"]
+        if isinstance(mask, torch.Tensor) and cache is not None and not is_first_iteration:
+            embeds = torch.empty((*ids.shape, 0), dtype=self.dtype, device=ids.device)
+            arguments = {CACHE_NAME: cache, "position_ids": inputs.get("position_ids")}
+            inputs["attention_mask"] = self.create_masks_for_generate(self.config, embeds, mask, **arguments)
+        return inputs
+
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, position_ids=None, **kwargs) -> dict:
-        """Ready masks for one step of `generate` with a compilable cache; a generated token is never padding."""
-        past_key_values = kwargs.get(CACHE_NAME)
-        masks = DeltaNetModel.attention_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
-        length = inputs_embeds.shape[1]
-        if attention_mask is not None and length > 1:
-            masks[DELTA_LAYER_TYPE] = attention_mask[:, -length:]
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, position_ids=None, is_first_iteration=False, **kwargs
+    ) -> dict:
+        """Masks by layer type for one step of `generate`."""
+        masks = attention_masks(config, inputs_embeds, attention_mask, kwargs.get(CACHE_NAME), position_ids)
+        if attention_mask is not None:
+            new = attention_mask[:, -inputs_embeds.shape[1] :]
+            # A generated token is never padding. Transformers 5.17 does not say whether a single token is generated or a
+            # prompt's that is read in chunks of one, so look where that does not wait for the device.
+            if new.shape[1] > 1 or is_first_iteration or values_are_readable(new) and not bool(new.all()):
+                masks[DELTA_LAYER_TYPE] = new
         return masks
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise NotImplementedError(
+            "Continuous batching keeps pages of keys and values and has no place for DeltaNet's recurrent state; `generate` "
+            "takes a padded batch."
+        )
 
     @accept_cache_name
     @can_return_tuple

@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    DynamicCache,
 )
 
 from deltanet import (
@@ -343,49 +342,9 @@ def test_autocast(kind):
     assert_equal_gradients(actual, expected, 6e-2)
 
 
-# Bad input
+# Checkpointing and the cache
 
 IDS = token_ids(2, 6)
-BAD_INPUTS = {
-    "neither": ({}, "exactly one of `input_ids` and `inputs_embeds`"),
-    "both": ({"input_ids": IDS, "inputs_embeds": torch.zeros(2, 6, 32)}, "exactly one of"),
-    "ids_1d": ({"input_ids": IDS[0]}, r"`input_ids` has shape \(6,\); allowed: \[batch, tokens\]"),
-    "ids_too_large": ({"input_ids": IDS + VOCAB}, r"`input_ids` holds ids from \d+ to \d+; allowed: 0 to 60"),
-    "ids_negative": ({"input_ids": IDS - VOCAB}, r"ids from -\d+ to .*; allowed: 0 to 60"),
-    "embeds_2d": ({"inputs_embeds": torch.zeros(6, 32)}, r"`inputs_embeds` has shape \(6, 32\)"),
-    "embeds_width": ({"inputs_embeds": torch.zeros(2, 6, 31)}, r"`inputs_embeds` has shape \(2, 6, 31\)"),
-    "no_tokens": ({"input_ids": IDS[:, :0]}, r"shape \(2, 0\); allowed: at least one token"),
-    "no_rows": ({"input_ids": IDS[:0]}, r"shape \(0, 6\); allowed: at least one token"),
-    "no_embeddings": ({"inputs_embeds": torch.zeros(2, 0, 32)}, r"shape \(2, 0\); allowed: at least one token"),
-    "mask_1d": ({"input_ids": IDS, "attention_mask": torch.ones(6)}, r"`attention_mask` has shape \(6,\)"),
-    "mask_4d": ({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 6, 6)}, r"\(2, 1, 6, 6\); allowed: \[2, tokens\]"),
-    "mask_batch": ({"input_ids": IDS, "attention_mask": torch.ones(1, 6)}, r"shape \(1, 6\); allowed: \[2, tokens\]"),
-    "mask_short": ({"input_ids": IDS, "attention_mask": torch.ones(2, 5)}, "covers 5 tokens; allowed: 6"),
-    "mask_long": ({"input_ids": IDS, "attention_mask": torch.ones(2, 7)}, "covers 7 tokens; allowed: 6"),
-    "two_caches": ({"input_ids": IDS, "cache": DynamicCache(), "past_key_values": DynamicCache()}, "one argument under two"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_INPUTS)
-@pytest.mark.parametrize("kind", ["pure", "sliding"])
-def test_bad_input(kind, name):
-    inputs, message = BAD_INPUTS[name]
-    with pytest.raises(ValueError, match=message):
-        tiny_model(kind)(**inputs)
-
-
-@all_kinds
-def test_a_cache_without_a_configuration(kind):
-    with pytest.raises(ValueError, match=r"no delta-rule state for layer 0.*DynamicCache\(config=model.config\)"):
-        tiny_model(kind)(IDS, past_key_values=DynamicCache())
-
-
-@all_kinds
-def test_mask_of_a_continued_forward(kind):
-    model = tiny_model(kind)
-    cache = state_of(model(IDS))
-    with pytest.raises(ValueError, match=r"covers 2 tokens; allowed: 8 \(6 in the cache and 2 new\)"):
-        model(IDS[:, :2], past_key_values=cache, attention_mask=torch.ones(2, 2))
 
 
 @all_kinds
