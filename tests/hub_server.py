@@ -56,9 +56,11 @@ class MemoryHub:
         self._server.shutdown()
         self._server.server_close()
 
-    def client(self, home, token: str | None = None, missing: tuple[str, ...] = ()) -> ProcessPoolExecutor:
+    def client(
+        self, home, token: str | None = None, missing: tuple[str, ...] = (), **environment: str
+    ) -> ProcessPoolExecutor:
         """One process that uses this Hub, with a cache of its own in `home`; in it the packages `missing` do not exist."""
-        environment = {
+        environment |= {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
             "HF_TOKEN": token or "",

@@ -57,16 +57,15 @@ def operators():
     return sorted({name.split("::")[0] for name in names if "delta_rule" in name})
 
 
-def on_gpu(repo, ids):
-    """What a loaded model logs of the implementation that it takes on a GPU, and its logits."""
+def logits_and_log(repo, ids, device):
+    """Logits on a device, and what the model logs of the implementation that it takes there."""
     log = io.StringIO()
     logger = logging.getLogger("deltanet.kernels")
     logger.addHandler(logging.StreamHandler(log))
     logger.setLevel(logging.INFO)
-    model, ids = load(repo).cuda(), torch.tensor(ids).cuda()
     with torch.no_grad():
-        logits = model(ids).logits
-    return log.getvalue(), logits.tolist()
+        logits = load(repo).to(device)(torch.tensor(ids, device=device)).logits
+    return logits.tolist(), log.getvalue()
 
 
 def save_again(repo, directory, ids):

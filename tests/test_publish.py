@@ -187,11 +187,19 @@ def test_imported_package_takes_precedence(hub, publisher, expected, arguments):
     assert not [request for request in hub.requests[seen:] if request.endswith("_deltanet.py")]
 
 
-@pytest.mark.gpu
-def test_kernels_of_the_repository_on_a_gpu(hub, expected, folder):
-    with hub.client(folder / "gpu", missing=("deltanet",)) as client:
-        log, logits = client.submit(hub_visitor.on_gpu, PUBLIC, IDS).result()
-    assert "triton implementation" in log
+@pytest.mark.parametrize(
+    ("device", "environment"),
+    [
+        ("cpu", {"TRITON_INTERPRET": "1", "DELTANET_BACKEND": "triton"}),
+        pytest.param("cuda", {}, marks=pytest.mark.gpu),
+    ],
+)
+def test_kernels_of_the_repository(hub, expected, folder, device, environment):
+    """With Triton, in its interpreter or on a GPU, and without this package."""
+    pytest.importorskip("triton")
+    with hub.client(folder / device, missing=("deltanet",), **environment) as client:
+        logits, log = client.submit(hub_visitor.logits_and_log, PUBLIC, IDS, device).result()
+    assert f"delta rule on {device}: triton implementation" in log
     torch.testing.assert_close(torch.tensor(logits), torch.tensor(expected[0]), rtol=1e-3, atol=1e-3)
 
 

@@ -10,7 +10,8 @@ import socket
 import pytest
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HTTPError
 from models import tiny_config, tiny_model, token_ids
 from publishing import edit, run, tiny_tokenizer, write_checkpoint
 from safetensors.torch import load_file, save_file
@@ -172,6 +173,16 @@ def test_destination_must_be_named(checkpoint):
     assert status == 2 and "REPOSITORY, or --output DIRECTORY" in err
     with pytest.raises(ValueError, match="`repo_id` and `output` are None"):
         publish(checkpoint)
+
+
+def test_unreachable_hub_is_one_message(checkpoint, monkeypatch):
+    """What httpx raises is no OSError."""
+
+    def fail(self):
+        raise HTTPError("connection refused")
+
+    monkeypatch.setattr(HfApi, "whoami", fail)
+    assert run(checkpoint, "me/x", "--license", "mit")[0] == "HTTPError: connection refused"
 
 
 def test_card_is_kept_when_published_again(checkpoint, tmp_path):
