@@ -17,6 +17,8 @@ _UNSUPPORTED = {
     "use_rope": False,
 }
 
+_NORM_FIRST_HINT = "; `python -m deltanet.publish SOURCE --output OUTPUT_DIRECTORY` rewrites such a checkpoint of 2024"
+
 _ATTENTION_DEFAULTS = {"num_kv_heads": None, "qkv_bias": False, "window_size": None, "rope_theta": 10000.0}
 
 
@@ -132,7 +134,8 @@ class DeltaNetConfig(PreTrainedConfig):
             # The field, not its alias: the strict dataclass checks the types of fields only.
             setattr(self, self.attribute_map[alias], kwargs.pop(alias))
         for key, supported in _UNSUPPORTED.items():
-            _require(kwargs.get(key, supported) in (supported, None), key, kwargs.get(key), f"{supported!r}")
+            hint = _NORM_FIRST_HINT if key == "norm_first" else ""
+            _require(kwargs.get(key, supported) in (supported, None), key, kwargs.get(key), f"{supported!r}{hint}")
         if self.intermediate_size is None:
             _require(self.hidden_ratio is not None, "hidden_ratio", None, "a number where `intermediate_size` is None")
             self.intermediate_size = 256 * -(-int(self.hidden_size * self.hidden_ratio * 2 / 3) // 256)

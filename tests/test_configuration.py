@@ -240,7 +240,7 @@ COMBINATIONS = [
     ({"hidden_act": "powlu"}, "hidden_act", "'powlu'", "'swish', 'silu'"),
     ({"attnres_block_size": 4}, "attnres_block_size", "4", "None"),
     ({"conv_bias": True}, "conv_bias", "True", "False"),
-    ({"norm_first": True}, "norm_first", "True", "False"),
+    ({"norm_first": True}, "norm_first", "True", "False; `python -m deltanet.publish SOURCE --output OUTPUT_DIRECTORY`"),
     ({"share_conv_kernel": True}, "share_conv_kernel", "True", "False"),
     ({"use_elu": True}, "use_elu", "True", "False"),
     ({"use_output_norm": False}, "use_output_norm", "False", "True"),
