@@ -94,20 +94,23 @@ def _is_finite(value) -> bool:
 
 
 def results_of_card(card: ModelCard) -> list[dict]:
-    """The results in the metadata of a card, as far as they are numbers."""
+    """The results in the metadata of a card, without those that are not of the form above, such as "20.0 ± 1.2"."""
     results = []
     for entry in card.data.eval_results or []:
         settings = dict(entry.metric_args) if isinstance(entry.metric_args, dict) else {}
         result = {
             "task": entry.dataset_name,
-            "dataset": entry.dataset_type if "/" in entry.dataset_type else None,
+            "dataset": entry.dataset_type if "/" in str(entry.dataset_type) else None,
             "metric": entry.metric_type,
             "value": entry.metric_value,
             "stderr": settings.pop("stderr", None),
             "settings": settings or None,
         }
-        if isinstance(entry.metric_value, (int, float)):
-            results.append(result)
+        try:
+            check_results([result], "card")
+        except ValueError:
+            continue
+        results.append(result)
     return results
 
 

@@ -10,7 +10,7 @@ import re
 
 from .weights import StoredTensor
 
-_NORM = re.compile(r"(.*layers\.\d+\.)(attn|mlp)\.norm\.weight")
+_NORM = re.compile(r"(.*layers\.\d+\.)(attn|mlp)\.norm\.weight$")
 _GATE = re.compile(r"(.*layers\.\d+\.mlp\.)gate_proj\.weight")
 
 
@@ -19,9 +19,9 @@ def in_todays_layout(
 ) -> tuple[dict[str, StoredTensor], dict, list[str]]:
     """Tensors and fields of the configuration in today's layout, and sentences that say what had to change."""
     changes = []
-    norms = {name: match for name in tensors if (match := _NORM.fullmatch(name))}
+    norms = [name for name in tensors if _NORM.match(name)]
     if norms:
-        tensors = {_norm_name(norms.get(name), name): tensor for name, tensor in tensors.items()}
+        tensors = {_NORM.sub(r"\1\2_norm.weight", name): tensor for name, tensor in tensors.items()}
         fields = {key: value for key, value in fields.items() if key != "norm_first"}
         changes.append(f"{len(norms)} norms were renamed, from attn.norm to attn_norm and from mlp.norm to mlp_norm.")
     prefixes = [match[1] for match in map(_GATE.fullmatch, tensors) if match]
@@ -31,10 +31,6 @@ def in_todays_layout(
     if fused:
         changes.append(f"{len(fused)} gate_proj of twice the width were split, the second half of the rows being up_proj.")
     return dict(sorted(tensors.items())), fields, changes
-
-
-def _norm_name(match: re.Match | None, name: str) -> str:
-    return f"{match[1]}{match[2]}_norm.weight" if match else name
 
 
 def _split(tensor: StoredTensor, prefix: str) -> dict[str, StoredTensor]:

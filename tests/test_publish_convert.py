@@ -199,6 +199,17 @@ def test_card_is_kept_when_published_again(checkpoint, tmp_path):
         assert (tmp_path / "second" / name).read_text() == (tmp_path / "first" / name).read_text()
 
 
+def test_results_of_a_foreign_card(source, tmp_path):
+    """Numbers are taken over, other texts are not."""
+    index = [{"task": {"type": "x"}, "dataset": {"name": "mmlu", "type": "cais/mmlu"}, "metrics": metrics} for metrics in
+             ([{"type": "acc", "value": 0.25}], [{"type": "acc", "value": "20.0 ± 1.2"}])]  # fmt: skip
+    card = ModelCard(f"---\nlicense: mit\nmodel-index: {json.dumps([{'name': 'a', 'results': index}])}\n---\nBy others.")
+    card.save(source / "README.md")
+    assert run(source, "me/x", "--output", tmp_path / "new")[0] == 0
+    results = ModelCard.load(tmp_path / "new/README.md").data.eval_results
+    assert [(x.dataset_name, x.dataset_type, x.metric_value) for x in results] == [("mmlu", "cais/mmlu", 0.25)]
+
+
 def test_training_of_a_trainer_checkpoint_is_described(source, tmp_path):
     state = {"global_step": 1200, "num_input_tokens_seen": 5000, "log_history": [{"loss": 3.0}, {"loss": 2.5}, {}]}
     (source / "trainer_state.json").write_text(json.dumps(state))
