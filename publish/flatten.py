@@ -5,6 +5,7 @@ process-wide tables of torch and Transformers, so that two revisions can be load
 """
 
 import ast
+import functools
 import hashlib
 import re
 import sys
@@ -55,6 +56,7 @@ def write_code(directory: Path, package: Path = PACKAGE) -> str:
     return code.revision
 
 
+@functools.cache
 def flattened_code(package: Path = PACKAGE) -> FlatCode:
     """The code of a Hub repository, made from the files of `package`.
 

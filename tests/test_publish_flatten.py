@@ -11,6 +11,16 @@ from deltanet import DeltaNetConfig
 from deltanet.publish.flatten import AUTO_MAP, PACKAGE, flattened_code, write_code
 
 
+def tiny_package(directory: Path) -> Path:
+    """What a package must have, and two files to import from."""
+    (directory / "kernels").mkdir()
+    (directory / "configuration_deltanet.py").write_text('DELTA_LAYER_TYPE = "linear_attention_delta"\n')
+    (directory / "kernels/delta_rule.py").write_text('NAMESPACE = "deltanet"\n')
+    (directory / "kernels/checks.py").write_text("MAX_K = 256\n")
+    (directory / "kernels/reference.py").write_text("CHUNK = 64\n")
+    return directory
+
+
 def test_no_file_is_left_out(tmp_path):
     """By the loader's own rule: what it copies for the model is what the package's modules import."""
     write_code(tmp_path)
@@ -53,15 +63,23 @@ def test_new_files_are_taken(tmp_path):
     ],
 )
 def test_what_cannot_be_carried_over_is_refused(tmp_path, line, message):
-    package = copy_package(tmp_path / "package")
+    package = tiny_package(tmp_path)
     (package / "kernels/more.py").write_text(f"{line}\n")
     with pytest.raises(ValueError, match=message) as caught:
         flattened_code(package)
     assert "kernels/more.py" in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["", 'NAMESPACE = f"{__name__}"\n', 'NAMESPACE = "a"\nNAMESPACE = "b"\n'])
+def test_namespace_must_be_found(tmp_path, text):
+    package = tiny_package(tmp_path)
+    (package / "kernels/delta_rule.py").write_text(text)
+    with pytest.raises(ValueError, match="kernels/delta_rule.py: expected one line `NAMESPACE = "):
+        flattened_code(package)
+
+
 def test_only_operators_are_in_the_namespace(tmp_path):
-    package = copy_package(tmp_path / "package")
+    package = tiny_package(tmp_path)
     text = 'import logging\nlogger = logging.getLogger("deltanet")\nMESSAGE = "deltanet has no such operator"\n'
     (package / "kernels/more.py").write_text(text)
     assert text in flattened_code(package).files["kernels_more.py"]
@@ -75,8 +93,8 @@ def test_names_in_process_wide_tables_carry_the_revision():
 
 def test_an_import_that_only_the_loader_sees_is_refused(tmp_path):
     """Transformers reads docstrings, too."""
-    package = copy_package(tmp_path / "package")
-    edit(package / "layout_deltanet.py", '"""', '"""Usage:\n\n    from .kernels.delta_rule import chunk_delta_rule\n\n')
+    package = tiny_package(tmp_path)
+    (package / "more_deltanet.py").write_text('"""Usage:\n\n    from .kernels.delta_rule import chunk_delta_rule\n"""\n')
     with pytest.raises(ValueError, match="kernels.delta_rule.py"):
         write_code(tmp_path, package)
 
