@@ -5,8 +5,9 @@ Results are a JSON list, one object a number:
     {"task": "lambada_openai", "dataset": "EleutherAI/lambada_openai", "metric": "acc", "value": 0.484,
      "stderr": 0.007, "settings": {"num_fewshot": 0, "dtype": "bfloat16"}}
 
-`task`, `metric` and `value` are required. `dataset` is the benchmark's id on the Hub; a result without one is in the card
-but not in `.eval_results/`. `stderr` and `settings` may be missing or null.
+`task`, `metric` and `value` are required; the others may be missing or null. `dataset` is the benchmark's id on the Hub. All
+results are in the card; those with a dataset are in `.eval_results/`, too, of several for one task the first, because a
+leaderboard takes one number a task. (The Hub shows there what a benchmark's own `eval.yaml` names as a task.)
 """
 
 import json
@@ -116,17 +117,19 @@ def results_of_card(card: ModelCard) -> list[dict]:
 
 def eval_results(results: list[dict]) -> str | None:
     """The text of `.eval_results/deltanet.yaml`, or None where no result names its dataset."""
-    entries = [
-        EvalResultEntry(
-            dataset_id=result["dataset"],
-            task_id=result["task"],
-            value=result["value"],
-            notes=", ".join([result["metric"], *_settings(result)]),
-        )
-        for result in results
-        if result.get("dataset")
-    ]
-    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else None
+    entries = {}
+    for result in results:
+        if result.get("dataset"):
+            entry = EvalResultEntry(
+                dataset_id=result["dataset"],
+                task_id=result["task"],
+                value=result["value"],
+                notes=", ".join([result["metric"], *_settings(result)]),
+            )
+            entries.setdefault((entry.dataset_id, entry.task_id), entry)
+    if not entries:
+        return None
+    return yaml.safe_dump(eval_result_entries_to_yaml(list(entries.values())), sort_keys=False)
 
 
 def model_card(statement: Statement, facts: Facts) -> str:

@@ -22,6 +22,7 @@ MISSING = ("deltanet", "triton")
 RESULTS = [
     {"task": "lambada_openai", "dataset": "EleutherAI/lambada_openai", "metric": "acc", "value": 0.25, "stderr": 0.01,
      "settings": {"num_fewshot": 0}},
+    {"task": "lambada_openai", "dataset": "EleutherAI/lambada_openai", "metric": "perplexity", "value": 12},
     {"task": "recall", "metric": "contains", "value": 0.5},
 ]  # fmt: skip
 
@@ -124,6 +125,7 @@ def test_card_and_results(hub, published):
     assert {"delta_net", "tiny"} < set(data["tags"]) and data["datasets"] == ["me/text"]
     assert [(x.dataset_name, x.metric_type, x.metric_value) for x in card.data.eval_results] == [
         ("lambada_openai", "acc", 0.25),
+        ("lambada_openai", "perplexity", 12),
         ("recall", "contains", 0.5),
     ]
     assert "By hand, on nothing." in card.text and "| lambada_openai | acc | 0.25 ± 0.01 | num_fewshot 0 |" in card.text
