@@ -125,16 +125,14 @@ def rounded(value):
 def summary(row: dict) -> str:
     if "error" in row:
         return f"error: {row['error'][:90]}"
-    cells = []
-    for key in ("forward", "forward_backward"):
-        times = row.get(key, {})
-        cells += [f"{key} " + " ".join(f"{unit} {times[unit]:.3f}" for unit in ("device_ms", "wall_ms") if unit in times)]
     figures = [f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float)]
-    return "  ".join([cell for cell, key in zip(cells, ("forward", "forward_backward")) if key in row] + figures)
+    for work in ("forward", "forward_backward"):
+        figures += [f"{work} {unit} {value:.4g}" for unit, value in row.get(work, {}).items()]
+    return "  ".join(figures)
 
 
 def table(rows: list[dict]) -> str:
-    """Device times side by side, the peers' also as multiples of ours."""
+    """Times side by side, the peers' also as multiples of ours; then what was measured once."""
     shapes = collections.defaultdict(dict)
     for row in rows:
         if row["part"] in ("ops", "small") and "error" not in row:
@@ -144,13 +142,18 @@ def table(rows: list[dict]) -> str:
         unit = "wall_ms" if part == "small" else "device_ms"
         for work in ("forward", "forward_backward"):
             mine = row.get("ours", {}).get(work, {}).get(unit)
-            cells = []
-            for peer in peers.NAMES:
-                value = row.get(peer, {}).get(work, {}).get(unit)
-                ratio = f" ({value / mine:5.2f}x)" if value and mine and peer != "ours" else ""
-                cells.append(f"{f'{value:.3f}{ratio}' if value else '-':>18}")
-            lines.append(f"{shape + ' ' + unit[:-3]:<36}{work:<17}" + "".join(cells))
+            values = [(peer, row.get(peer, {}).get(work, {}).get(unit)) for peer in peers.NAMES]
+            cells = [cell(value, mine if peer != "ours" else None) for peer, value in values]
+            lines.append(f"{shape + ' ' + unit[:-3]:<36}{work:<17}" + "".join(f"{text:>18}" for text in cells))
+    once = [row for row in rows if row["part"] in ("memory", "error", "first_call")]
+    lines += [f"{row['part']:<11}{row['peer']:<10}{name(row):<32}{summary(row)}" for row in once]
     return "\n".join(lines)
+
+
+def cell(value, mine) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f} ({value / mine:5.2f}x)" if mine else f"{value:.3f}"
 
 
 def measure(tasks, arguments, results, cache, deadline):

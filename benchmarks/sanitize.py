@@ -30,7 +30,7 @@ SHAPES = {
 def inputs(device, dtype, K, V, B, T, H, bounds=None):
     generator = torch.Generator(device).manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, device=device, generator=generator)  # noqa: E731
-    q, k, v = (draw(B, T, H, D).to(dtype) for D in (K, K, V))
+    q, k, v = (torch.nn.functional.normalize(draw(B, T, H, D), dim=-1).to(dtype) for D in (K, K, V))
     sequences = len(bounds) - 1 if bounds else B
     cu_seqlens = torch.tensor(bounds, device=device) if bounds else None
     return [q, k, v, draw(B, T, H).sigmoid(), draw(sequences, H, K, V)], cu_seqlens

@@ -11,7 +11,11 @@ from oracle import assert_close, delta_rule, delta_rule_batched, state, tokens, 
 from deltanet.kernels.delta_rule import chunk_delta_rule, recurrent_delta_rule
 
 gpu = pytest.mark.gpu
-pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
+pytestmark = [
+    pytest.mark.usefixtures("nan_in_fresh_memory"),
+    # The reference's products and sums on a GPU say that they might not repeat.
+    pytest.mark.filterwarnings("ignore:.*deterministic"),
+]
 
 DTYPE = pytest.mark.parametrize("dtype", list(DTYPES))
 # Every size of a key and of a value, equal and not; each pair compiles a set of kernels, which is what takes the time.
@@ -190,7 +194,7 @@ def test_views_of_a_packed_projection_are_read_in_place(device, dtype):
     packed = torch.randn(B, T, H * (2 * K + V), generator=torch.Generator().manual_seed(0)).to(device, DTYPES[dtype])
     views = [x.unflatten(-1, (H, -1)) for x in packed.split([H * K, H * K, H * V], -1)]
     beta = torch.rand(B, H, T, generator=torch.Generator().manual_seed(1)).to(device).transpose(1, 2)
-    do = packed.new_empty(B, H, T, V).normal_().transpose(1, 2)
+    do = torch.randn(B, T, H, V, generator=torch.Generator().manual_seed(2)).to(packed)
 
     def run(inputs, do):
         inputs = [x.detach().requires_grad_() for x in inputs]
@@ -204,16 +208,17 @@ def test_views_of_a_packed_projection_are_read_in_place(device, dtype):
         backward = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0
         return [o.detach(), *gradients], (forward, backward)
 
-    copies = [x.contiguous() for x in (*views, beta)], do.contiguous()
-    run(*copies)  # buffers that are kept for later calls exist from now on
-    (actual, memory), (expected, plain) = run([*views, beta], do), run(*copies)
+    copies = [x.contiguous() for x in (*views, beta)]
+    run(copies, do)  # buffers that are kept for later calls exist from now on
+    (actual, memory), (expected, plain) = run([*views, beta], do), run(copies, do)
     assert all(map(torch.equal, actual, expected))
     assert memory == plain
-    assert [x.shape for x in actual[1:]] == [x.shape for x in (*views, beta)]
+    strided, _ = run(copies, do.transpose(1, 2).contiguous().transpose(1, 2))
+    assert all(map(torch.equal, strided, expected))
 
 
 @gpu
-def test_transposed_states(device, check):
+def test_transposed_states(device):
     case = Case(device, torch.bfloat16, 100, B=2)
     expected = case.actual()
     case.inputs[4] = case.inputs[4].mT.contiguous().mT
