@@ -18,7 +18,7 @@ def start(peer: str, tasks: list[dict], device: str, cache: pathlib.Path, *optio
     """A `gpu_worker` for the tasks; compiled kernels go to a folder of the peer, which outlives the process."""
     home = cache / peer
     home.mkdir(parents=True, exist_ok=True)
-    folders = {"TRITON_CACHE_DIR": str(home / "triton"), "TILELANG_CACHE_DIR": str(home / "tilelang")}
+    folders = {f"{name}_CACHE_DIR": str(home / name.lower()) for name in ("TRITON", "TILELANG", "TORCHINDUCTOR")}
     # A choice among variants made while the device is shared must not outlive the process that made it.
     environment = {**os.environ, **folders, "FLA_CACHE_RESULTS": "0"}
     module = f"{__package__}.gpu_worker"

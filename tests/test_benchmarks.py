@@ -7,8 +7,7 @@ import time
 
 import pytest
 
-from deltanet.benchmarks import gpu_delta_rule, gpu_worker, peers, processes
-from deltanet.benchmarks.timing import busy_us
+from deltanet.benchmarks import gpu_delta_rule, gpu_worker, peers, processes, timing
 
 
 @pytest.mark.parametrize(
@@ -21,7 +20,23 @@ from deltanet.benchmarks.timing import busy_us
     ],
 )
 def test_busy_time_is_the_union(spans, busy):
-    assert busy_us(spans) == busy
+    assert timing.busy_us(spans) == busy
+
+
+@pytest.mark.parametrize(
+    "spans, expected",
+    [
+        ([(0, 2), (3, 4), (10, 13), (12, 19), (20, 24), (25, 27)], (6e-3, 2)),  # busy 3, 9 and 6 us: the median
+        ([(0, 2), (3, 4), (10, 13), (20, 24)], (10 / 3 * 1e-3, 4 / 3)),  # calls that differ: the mean
+    ],
+)
+def test_device_time_of_a_trace(monkeypatch, spans, expected):
+    monkeypatch.setattr(timing, "repeats_for", lambda *_, **__: 3)
+    monkeypatch.setattr(timing, "_trace", lambda *_: spans)
+    assert timing.device_ms(None, "cuda") == pytest.approx(expected)
+    monkeypatch.setattr(timing, "_trace", lambda *_: [])
+    with pytest.raises(RuntimeError, match="the profiler saw no work"):
+        timing.device_ms(None, "cuda")
 
 
 def test_bounds_of_a_pack():

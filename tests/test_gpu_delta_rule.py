@@ -8,7 +8,7 @@ import torch
 from cases import DTYPES, Case, limits
 from oracle import assert_close, delta_rule, delta_rule_batched, state, tokens, with_gradients
 
-from deltanet.kernels.delta_rule import chunk_delta_rule, recurrent_delta_rule
+from deltanet.kernels.delta_rule import chunk_delta_rule, delta_rule_step, recurrent_delta_rule
 
 gpu = pytest.mark.gpu
 pytestmark = [
@@ -176,7 +176,7 @@ def test_gradient_through_one_result(device, check, dtype):
 @DTYPE
 @pytest.mark.parametrize("split", [1, 64, 100])
 def test_any_split_continues(device, check, dtype, split):
-    """Chunked, then chunked or recurrent from the state of the first part."""
+    """Chunked, then chunked, recurrent or single steps from the state of the first part."""
     *x, h0 = Case(device, DTYPES[dtype], 300).inputs
     options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
     whole = chunk_delta_rule(*x, initial_state=h0, **options)
@@ -184,6 +184,8 @@ def test_any_split_continues(device, check, dtype, split):
     for rule in (chunk_delta_rule, recurrent_delta_rule):
         second, end = rule(*(z[:, split:] for z in x), initial_state=middle, **options)
         check([torch.cat([first, second], 1), end], whole, limits(DTYPES[dtype])[:2])
+    steps = [delta_rule_step(*(z[:, t] for z in x), middle, use_qk_l2norm_in_kernel=True) for t in range(split, split + 5)]
+    check([torch.stack(steps, 1)], [whole[0][:, split : split + 5]], limits(DTYPES[dtype])[:1])
 
 
 @gpu

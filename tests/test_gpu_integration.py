@@ -42,6 +42,14 @@ def same(actual, expected):
     return all(map(torch.equal, actual, expected))
 
 
+def test_the_fused_kernels_run(cuda, monkeypatch):
+    """Otherwise every test here would pass on the fallback."""
+    monkeypatch.delenv("DELTANET_BACKEND", raising=False)
+    for dtype in (HALF, torch.float16, torch.float32):
+        assert module.implementation(torch.empty(1, device=cuda, dtype=dtype)).name == "triton"
+    assert module.implementation(torch.empty(1, device=cuda, dtype=torch.float64)).name == "torch"
+
+
 def test_compile_fullgraph_any_length(cuda):
     torch._dynamo.reset()
     layer, counter = Layer(cuda), torch._dynamo.testing.CompileCounterWithBackend("inductor")
