@@ -21,9 +21,11 @@ SIZES = ((16, 16), (64, 64), (128, 128), (256, 256), (24, 100), (192, 64), (64, 
 # A row of few heads may be split over the device, many rows may take other tiles; a pack ends in tokens of no sequence.
 SHAPES = {
     "short": {"B": 1, "T": 1, "H": 1},
-    "many": {"B": 5, "T": 70, "H": 8},
+    "many": {"B": 20, "T": 70, "H": 8},
     "long": {"B": 1, "T": 8200, "H": 1},
     "packed": {"B": 1, "T": 140, "H": 2, "bounds": (0, 0, 1, 65, 130)},
+    "packed many": {"B": 1, "T": 310, "H": 4, "bounds": tuple(range(0, 301, 5))},
+    "packed long": {"B": 1, "T": 8200, "H": 1, "bounds": (0, 0, 1, 8190)},
 }
 
 
@@ -62,7 +64,7 @@ def cases(names):
         for l2, states in ((True, True), (True, False), (False, True)):
             options = f"{'l2 ' if l2 else ''}{'states' if states else ''}"
             yield f"chunked {dtype} {K}x{V} {shape} {options}", chunked, (dtype, K, V, shape), (l2, states)
-        if shape != "long":
+        if "long" not in shape:
             yield f"stepwise {dtype} {K}x{V} {shape}", stepwise, (dtype, K, V, shape), ()
 
 

@@ -54,8 +54,8 @@ class Case:
 
     def _chunked(self, exact, gradients):
         (q, k, v, beta, h0), scale = exact, exact[0].shape[-1] ** -0.5
-        o, final_state, T = chunk_forward(q, k, v, beta, scale, h0, True, self.l2, self.cu_seqlens)
-        return [o, final_state, *chunk_backward(*gradients, q, k, v, beta, T, scale, h0, self.l2, self.cu_seqlens)]
+        o, final_state, *saved = chunk_forward(q, k, v, beta, scale, h0, True, self.l2, self.cu_seqlens)
+        return [o, final_state, *chunk_backward(*gradients, q, k, v, beta, *saved, scale, h0, self.l2, self.cu_seqlens)]
 
 
 def limits(dtype, keys="silu", beta=None):

@@ -99,8 +99,9 @@ def test_adversarial_keys(device, check, dtype, keys, beta):
         ([0, 64, 128, 129], 129),
         ([0, 0], 70),  # no sequence holds a token
         (list(range(0, 301)), 300),  # a token each
+        ([0, 3000, 3001, 9000], 9100),  # so long that a row is split over the device
     ],
-    ids=["mixed", "chunks", "empty", "ones"],
+    ids=["mixed", "chunks", "empty", "ones", "long"],
 )
 def test_packs(device, check, dtype, l2, bounds, T):
     case = Case(device, DTYPES[dtype], T, bounds=bounds, l2=l2)

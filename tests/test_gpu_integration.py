@@ -176,8 +176,8 @@ def compilations(cuda):
 def test_a_new_length_batch_or_number_of_heads_compiles_nothing(cuda, compilations, dtype):
     for B, T, H in ((1, 100, 1), (8, 1024, 16), (1, 16384, 2)):  # few blocks, many, and few with a long row
         Case(cuda, dtype, T, B=B, H=H).actual()
-    Case(cuda, dtype, 300, bounds=[0, 100, 300]).actual()
-    Case(cuda, dtype, 16384, H=2, bounds=[0, 100, 16384]).actual()
+    for bounds in ([0, 100, 300], [0, 100, 16384], list(range(0, 301))):
+        Case(cuda, dtype, bounds[-1], bounds=bounds).actual()
     del compilations[:]
     for B, T, H in ((1, 1, 1), (2, 16, 1), (3, 63, 7), (1, 64, 16), (5, 1000, 3), (1, 4096, 32), (1, 9000, 1), (9, 2048, 8)):
         Case(cuda, dtype, T, B=B, H=H).actual()
