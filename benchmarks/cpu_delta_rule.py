@@ -6,18 +6,16 @@ Both run in one process and in turn, in float32 with the L2 norm inside. Times a
 """
 
 import argparse
-import datetime
 import json
 import pathlib
-import platform
 import statistics
 import time
 
 import torch
-import transformers
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from ..kernels.delta_rule import chunk_delta_rule
+from .timing import environment
 
 SHAPES = ((1, 2048, 8, 128), (1, 2048, 16, 64), (8, 256, 8, 128), (1, 2048, 4, 256), (1, 64, 8, 128), (1, 8192, 8, 128))
 RESULT = pathlib.Path(__file__).parent / "results" / "cpu_delta_rule.json"
@@ -73,25 +71,6 @@ def measure(shape, repeats):
     return row
 
 
-def cpu_name():
-    path = pathlib.Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def environment(threads):
-    return {
-        "device": cpu_name(),
-        "threads": threads,
-        "dtype": "float32",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
@@ -99,7 +78,8 @@ def main():
     parser.add_argument("--output", type=pathlib.Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    result = {"environment": environment(arguments.threads), "repeats": arguments.repeats, "rows": []}
+    settings = environment(threads=arguments.threads, dtype="float32")
+    result = {"environment": settings, "repeats": arguments.repeats, "rows": []}
     print(result["environment"])
     print("  B     T   H    D   " + f"{'forward, ms: ours, Transformers':>34}   {'forward + backward, ms':>34}")
     for shape in SHAPES:

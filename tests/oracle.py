@@ -8,10 +8,7 @@ NAMES = ("o", "final_state", "dq", "dk", "dv", "dbeta", "dh0")
 
 def delta_rule(q, k, v, beta, scale=None, h0=None, l2=False, cu_seqlens=None):
     """[B, T, H, ...] -> (o, final state), in float64 and differentiable."""
-    q, k, v, beta = (x.double() for x in (q, k, v, beta))
-    if l2:
-        q, k = (x / (x.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
-    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    q, k, v, beta = _exact(q, k, v, beta, scale, l2)
     bounds = [(b, 0, q.shape[1]) for b in range(len(q))]
     if cu_seqlens is not None:
         bounds = [(0, start, end) for start, end in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:])]
@@ -26,6 +23,30 @@ def delta_rule(q, k, v, beta, scale=None, h0=None, l2=False, cu_seqlens=None):
     if cu_seqlens is not None:
         rows[0] += [v[0, 0] * 0] * (q.shape[1] - bounds[-1][2])
     return torch.stack([torch.stack(row) for row in rows]), torch.stack(states)
+
+
+def delta_rule_batched(q, k, v, beta, scale=None, h0=None, l2=False, cu_seqlens=None):
+    """`delta_rule` with all rows and heads of a token at once: some hundred tokens take no time on a GPU."""
+    q, k, v, beta = _exact(q, k, v, beta, scale, l2)
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
+    outputs, states = [], []
+    for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        S = q.new_zeros(B, H, K, V) if h0 is None else h0[n * B : (n + 1) * B].double()
+        for t in range(start, end):
+            error = v[:, t] - (k[:, t, :, None] @ S).squeeze(2)
+            S = S + k[:, t, :, :, None] * (beta[:, t, :, None] * error)[:, :, None]
+            outputs.append((q[:, t, :, None] @ S).squeeze(2))
+        states.append(S)
+    outputs += [v[:, 0] * 0] * (T - bounds[-1])
+    return torch.stack(outputs, 1), torch.cat(states)
+
+
+def _exact(q, k, v, beta, scale, l2):
+    q, k, v, beta = (x.double() for x in (q, k, v, beta))
+    if l2:
+        q, k = (x / (x.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    return q * (q.shape[-1] ** -0.5 if scale is None else scale), k, v, beta
 
 
 def tokens(B, T, H, K, V, keys="gaussian", beta=None, dtype=torch.float32, seed=0):
@@ -69,9 +90,16 @@ def relative_error(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def assert_close(actual, expected, limit, names=NAMES):
-    """Every tensor within `limit`: a number, or one for each tensor. A failure shows all errors."""
-    limits = [limit] * len(expected) if isinstance(limit, float) else limit
-    errors = {name: relative_error(a, e) for name, a, e in zip(names, actual, expected, strict=False)}
+def relative_errors(actual, expected, names=NAMES):
+    return {name: relative_error(a, e) for name, a, e in zip(names, actual, expected, strict=False)}
+
+
+def assert_within(errors, limit):
+    """Every error within `limit`: a number, or one for each. A failure shows all errors."""
+    limits = [limit] * len(errors) if isinstance(limit, float) else limit
     too_far = [name for (name, error), bound in zip(errors.items(), limits) if not error <= bound]
     assert not too_far, f"{too_far} beyond {limit}: " + ", ".join(f"{n} {e:.1e}" for n, e in errors.items())
+
+
+def assert_close(actual, expected, limit, names=NAMES):
+    assert_within(relative_errors(actual, expected, names), limit)
