@@ -78,7 +78,8 @@ def _forward_scan(
         if not STORE:
             slot = index.to(tl.int64) * H + h
             if of_map:
-                tl.store(maps + slot * (K * K) + ik[:, None] * K + iv[None, :], S, mask=(ik < K)[:, None] & (iv < K)[None, :])
+                map_mask = (ik < K)[:, None] & (iv < K)[None, :]
+                tl.store(maps + slot * (K * K) + ik[:, None] * K + iv[None, :], S, mask=map_mask)
             else:
                 tl.store(offsets + slot * size + state, S, mask=state_mask)
 
