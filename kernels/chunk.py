@@ -5,8 +5,6 @@ Forward: `inverse_kernel`, then `output_kernel`. Backward: `scan_kernel` in both
 give the map of every span, `join_kernel` the state that each starts with.
 """
 
-import contextlib
-import functools
 from typing import NamedTuple, Optional
 
 import torch
@@ -17,6 +15,7 @@ from .chunk_configurations import launch
 from .chunk_forward import output_kernel
 from .chunk_states import join_kernel, scan_kernel
 from .chunk_tiles import inverse_kernel, span_table_kernel
+from .devices import on_device, processors, shared_memory
 from .reference import CHUNK
 
 # A span's map costs a scan of its own over K more columns; shorter spans than this many chunks do not pay for it.
@@ -83,7 +82,10 @@ class _Plan:
         """Columns of V a program takes, and Triton's options."""
         limit = shared_memory(self.device)
         chosen = launch(kernel, self.K, self.V, self.dtype.itemsize, self.narrow and not self.split, limit)
-        return chosen.columns, chosen.options()
+        options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
+        if chosen.registers is not None and torch.version.hip is None:
+            options["maxnreg"] = chosen.registers
+        return chosen.columns, options
 
     def new(self, *shape: int, dtype: Optional[torch.dtype] = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
@@ -94,21 +96,6 @@ class _Plan:
         if self.cu_seqlens is None:
             return self.new(*shape, dtype=torch.float32)
         return torch.zeros(shape, device=self.device) if given is None else given.clone()
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; of the interpreter, one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes that one program may have; the interpreter knows no bound."""
-    if device.type != "cuda":
-        return 1 << 20
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 def choose_span(plan: _Plan) -> int:
@@ -124,10 +111,6 @@ def choose_span(plan: _Plan) -> int:
     return min(whole, max(_SHORTEST_SPAN, -(-plan.chunks_per_row // wanted)) * CHUNK)
 
 
-def _on_device(x: Tensor):
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
-
-
 def _shared_unit(*rows: _Rows) -> int:
     return min(x.unit for x in rows)
 
@@ -135,7 +118,7 @@ def _shared_unit(*rows: _Rows) -> int:
 def chunk_forward(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens):
     """Shapes and results as in `reference.chunk_forward`; what it saves are tau [B, T, H, 64] in the dtype of q and the
     factors [3, B, H, T] of every token in float32: 1/|k|, beta and scale/|q|."""
-    with _on_device(q):
+    with on_device(q):
         return _forward(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens)
 
 
@@ -211,8 +194,10 @@ def _span_starts(plan: _Plan, x: list, unit: int, tau: Tensor, factors: Tensor, 
 
 
 def chunk_backward(do, dht, q, k, v, beta, tau, factors, scale, initial_state, use_l2, cu_seqlens):
-    """Gradients as in `reference.chunk_backward`; `tau` and `factors` are what the forward saved."""
-    with _on_device(q):
+    """Gradients as in `reference.chunk_backward`; `tau` and `factors` are what the forward saved, or empty."""
+    with on_device(q):
+        if not tau.numel():
+            *_, tau, factors = _forward(q, k, v, beta, scale, initial_state, False, use_l2, cu_seqlens)
         return _backward(do, dht, q, k, v, beta, tau, factors, initial_state, use_l2, cu_seqlens)
 
 

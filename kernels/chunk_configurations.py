@@ -19,10 +19,6 @@ class Launch(NamedTuple):
     stages: int
     registers: Optional[int] = None
 
-    def options(self) -> dict:
-        bound = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.warps, "num_stages": self.stages, **bound}
-
 
 def _same(*launch: Optional[int]) -> tuple[Launch, Launch]:
     return Launch(*launch), Launch(*launch)

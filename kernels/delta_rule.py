@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_inputs, check_step, check_step_values, check_values
+from .devices import fused_kernels_refuse
 from .reference import CHUNK, chunk_backward, chunk_forward, compute_dtype, recurrent_forward, step_forward
 
 NAMESPACE = "deltanet"
@@ -127,11 +128,12 @@ def delta_rule_step(
 
 
 class Implementation(NamedTuple):
-    """How a device computes the rule; signatures of `chunk_forward` and `chunk_backward` in `reference.py`."""
+    """How a device computes the rule; signatures of the functions of the same names in `reference.py`."""
 
     name: str
     forward: Callable
     backward: Callable
+    step: Callable
     saved: Callable[[Tensor], tuple[Tensor, Tensor]]
     """q -> uninitialised tensors like the third and fourth result of `forward`, which `backward` is given."""
 
@@ -151,12 +153,13 @@ def _saved_by_recurrence(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(0, dtype=dtype), q.new_empty(0, dtype=dtype)
 
 
-_TORCH = Implementation("torch", chunk_forward, chunk_backward, _saved_by_torch)
-_RECURRENT = Implementation("recurrent", recurrent_forward, chunk_backward, _saved_by_recurrence)
+_TORCH = Implementation("torch", chunk_forward, chunk_backward, step_forward, _saved_by_torch)
+_RECURRENT = Implementation("recurrent", recurrent_forward, chunk_backward, step_forward, _saved_by_recurrence)
 
 
 @functools.cache
-def _triton_implementation() -> tuple[Optional[Implementation], str]:
+def _triton_implementations() -> tuple[Optional[tuple[Implementation, Implementation]], str]:
+    """The chunked and the recurrent form in Triton, or None and why there are none."""
     try:
         import triton
     except ImportError:
@@ -166,29 +169,34 @@ def _triton_implementation() -> tuple[Optional[Implementation], str]:
     try:
         from .chunk import chunk_backward as backward
         from .chunk import chunk_forward as forward
+        from .recurrent import recurrent_forward as recurrence
+        from .recurrent import step_forward as step
     except ImportError as error:
         return None, f"the Triton kernels cannot be imported ({error})"
-    return Implementation("triton", forward, backward, _saved_by_triton), "tensors on a GPU"
+    chunked = Implementation("triton", forward, backward, step, _saved_by_triton)
+    return (chunked, Implementation("triton recurrent", recurrence, backward, step, _saved_by_recurrence)), ""
 
 
-@functools.cache
-def _choose(device: str, dtype: torch.dtype, forced: str) -> Implementation:
-    """The implementation for tensors of a device type; logged once for each outcome."""
+def _choose(q: Tensor, recurrent: bool) -> Implementation:
+    forced, K = os.environ.get("DELTANET_BACKEND", ""), q.shape[-1]
     if forced and forced not in BACKENDS:
         raise ValueError(f"DELTANET_BACKEND is {forced!r}; it may be one of {', '.join(BACKENDS)}, or unset")
-    chosen, reason = _TORCH, f"no fused kernels for {device}"
+    plain = _RECURRENT if recurrent else _TORCH
     if forced in ("torch", "recurrent"):
-        chosen, reason = (_TORCH if forced == "torch" else _RECURRENT), "DELTANET_BACKEND asks for it"
-    elif forced == "triton" or device == "cuda":
-        fused, reason = _triton_implementation()
-        if dtype == torch.float64:
-            fused, reason = None, "the Triton kernels do not take float64"
-        elif device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            fused, reason = None, f"the Triton kernels do not run on {device} without TRITON_INTERPRET=1"
-        if fused is None and forced:
-            raise RuntimeError(f"DELTANET_BACKEND is 'triton', but {reason}")
-        chosen = fused or _TORCH
-    _announce(device, chosen.name, reason)
+        return _announced(q, _RECURRENT if forced == "recurrent" else plain, "DELTANET_BACKEND asks for it")
+    if not forced and q.device.type != "cuda":
+        return _announced(q, plain, f"no fused kernels for {q.device.type}")
+    fused, reason = _triton_implementations()
+    reason = reason or fused_kernels_refuse(q.device, q.dtype, K)
+    if reason and forced:
+        raise RuntimeError(f"DELTANET_BACKEND is 'triton', but {reason}")
+    if reason:
+        return _announced(q, plain, reason)
+    return _announced(q, fused[recurrent], "DELTANET_BACKEND asks for it" if forced else "tensors on a GPU")
+
+
+def _announced(q: Tensor, chosen: Implementation, reason: str) -> Implementation:
+    _announce(q.device.type, chosen.name, reason)
     return chosen
 
 
@@ -199,12 +207,11 @@ def _announce(device: str, name: str, reason: str) -> None:
 
 def implementation(q: Tensor) -> Implementation:
     """What runs `chunk_delta_rule` for a tensor like q: by its device, or as DELTANET_BACKEND says."""
-    return _choose(q.device.type, q.dtype, os.environ.get("DELTANET_BACKEND", ""))
+    return _choose(q, recurrent=False)
 
 
 def _recurrence(q: Tensor) -> Implementation:
-    _announce(q.device.type, _RECURRENT.name, "recurrent_delta_rule was called")
-    return _RECURRENT
+    return _choose(q, recurrent=True)
 
 
 def _own_precision(q: Tensor):
@@ -266,9 +273,10 @@ def _define(name: str, choose: Callable[[Tensor], Implementation]):
         use_l2: bool,
         cu_seqlens: Optional[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        run = choose(q).backward
+        # What was saved tells whose it is, whatever the environment says by now.
+        run = _triton_implementations()[0][0] if factors.numel() else _TORCH if Tinv.numel() else choose(q)
         with _own_precision(q):
-            return run(do, dht, q, k, v, beta, Tinv, factors, scale, initial_state, use_l2, cu_seqlens)
+            return run.backward(do, dht, q, k, v, beta, Tinv, factors, scale, initial_state, use_l2, cu_seqlens)
 
     @backward.register_fake
     def _(do, dht, q, k, v, beta, Tinv, factors, scale, initial_state, use_l2, cu_seqlens):
@@ -316,7 +324,7 @@ def _define_step():
     ) -> Tensor:
         check_step_values(beta, state, state_indices)
         with _own_precision(q):
-            return step_forward(q, k, v, beta, state, scale, use_l2, state_indices)
+            return implementation(q).step(q, k, v, beta, state, scale, use_l2, state_indices)
 
     @step.register_fake
     def _(q, k, v, beta, state, scale, use_l2, state_indices):

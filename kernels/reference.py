@@ -55,16 +55,17 @@ def recurrent_delta_rule_reference(
     bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
     if initial_state is None:
         initial_state = q.new_zeros((B * (len(bounds) - 1), H, K, V), dtype=dtype)
+    q, k, v_dtype, v, beta = q.to(dtype), k.to(dtype), v.dtype, v.to(dtype), beta.to(dtype)
     if use_qk_l2norm_in_kernel:
-        q, k = (x.to(dtype) * inverse_norm(x.to(dtype)) for x in (q, k))
-    x = [z.to(dtype) for z in (q * scale, k, v, beta)]
+        q, k = (x * inverse_norm(x) for x in (q, k))
+    x = (q * scale, k, v, beta)
     outputs, states = [], []
     for S, start, end in zip(initial_state.to(dtype).split(B), bounds, bounds[1:]):
         o, S = _recurrence(*(z[:, start:end] for z in x), S)
         outputs.append(o)
         states.append(S)
-    outputs.append(x[2][:, bounds[-1] :] * 0)
-    return torch.cat(outputs, 1).to(v.dtype), torch.cat(states) if output_final_state else None
+    outputs.append(torch.zeros_like(v[:, bounds[-1] :]))
+    return torch.cat(outputs, 1).to(v_dtype), torch.cat(states) if output_final_state else None
 
 
 def _recurrence(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ FUNCTIONS = pytest.mark.parametrize("rule", [chunk_delta_rule, recurrent_delta_r
 @pytest.fixture(autouse=True)
 def fresh_choice(monkeypatch):
     monkeypatch.delenv("DELTANET_BACKEND", raising=False)
-    for cached in (module._choose, module._announce, module._triton_implementation):
+    for cached in (module._announce, module._triton_implementations):
         cached.cache_clear()
 
 

@@ -1,0 +1,49 @@
+"""What the fused kernels ask of a device, and what a device has."""
+
+import contextlib
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+# Without this much shared memory a program, keys of more than 128 do not fit; float32 of more than 128 fits nowhere.
+_LARGE_SHARED_MEMORY = 160 * 1024
+
+
+def fused_kernels_refuse(device: torch.device, dtype: torch.dtype, K: int) -> str:
+    """Why the fused kernels cannot run for queries of `dtype` and head size K on `device`; empty where they can."""
+    if dtype == torch.float64:
+        return "the Triton kernels do not take float64"
+    if device.type != "cuda":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return "" if interpreted else f"the Triton kernels do not run on {device.type} without TRITON_INTERPRET=1"
+    if dtype == torch.float32 and K > 128:
+        return "float32 with heads of more than 128 does not fit the shared memory of the Triton kernels"
+    if torch.version.hip is not None:
+        return "float32 needs products that Triton has on NVIDIA GPUs only" if dtype == torch.float32 else ""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the Triton kernels need an NVIDIA GPU of compute capability 8.0 or newer"
+    if K > 128 and shared_memory(device) < _LARGE_SHARED_MEMORY:
+        return "heads of more than 128 do not fit the shared memory of this GPU"
+    return ""
+
+
+def on_device(x: Tensor):
+    """Triton launches on the current device; this makes it that of x."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; of the interpreter, one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have; the interpreter knows no bound."""
+    if device.type != "cuda":
+        return 1 << 20
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
