@@ -68,13 +68,17 @@ class _Plan:
             self._tabulate(cu_seqlens)
 
     def _tabulate(self, cu_seqlens: Tensor) -> None:
+        # Multiples of four keep every part of the tables aligned to 16 bytes: another alignment is another compilation.
+        self.chunks = _multiple_of_four(self.chunks)
         self.spans = (self.T + (self.sequences + 1) * (self.span - 1)) // self.span
+        width = _multiple_of_four(self.sequences + 1)
         table = torch.empty((self.chunks + self.spans, 3), dtype=torch.int32, device=self.device)
-        first = torch.empty((2, self.sequences + 1), dtype=torch.int32, device=self.device)
-        block = 128
-        span_table_kernel[(-(-max(self.chunks, self.spans) // block), 2)](
-            cu_seqlens, table, first, self.T, self.sequences, self.chunks, self.spans, self.span, C=CHUNK, BLOCK=block
-        )
+        first = torch.empty((2, width), dtype=torch.int32, device=self.device)
+        grid, block = -(-max(self.chunks, self.spans) // 128), 128
+        span_table_kernel[(grid, 2)](
+            cu_seqlens, table, first, self.T, self.sequences, self.chunks, self.spans, self.span, width,
+            C=CHUNK, BLOCK=block,
+        )  # fmt: skip
         self.chunk_table, self.span_table = table[: self.chunks], table[self.chunks :]
         self.first_chunk, self.first_span = first
 
@@ -96,6 +100,10 @@ class _Plan:
         if self.cu_seqlens is None:
             return self.new(*shape, dtype=torch.float32)
         return torch.zeros(shape, device=self.device) if given is None else given.clone()
+
+
+def _multiple_of_four(x: int) -> int:
+    return -(-x // 4) * 4
 
 
 def choose_span(plan: _Plan) -> int:

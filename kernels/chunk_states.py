@@ -146,7 +146,11 @@ def _reverse_scan(
             b_do = (rq[:, None] * b_do).to(dtype)
             dW = tl.dot(b_k, b_dS, input_precision=PRECISION) * r[:, None]  # [C, BV]
             dW = tl.dot(P.to(dtype), b_do, dW, input_precision=PRECISION)
-            G = dW - tl.dot(tl.trans(b_tau), (beta[:, None] * dW).to(dtype), input_precision=PRECISION)
+            x = beta[:, None] * dW
+            G = dW - tl.dot(tl.trans(b_tau), x.to(dtype), input_precision=PRECISION)
+            if dtype == tl.bfloat16:
+                # For similar keys G is a small difference: bfloat16 alone would lose half of its digits.
+                G -= tl.dot(tl.trans(b_tau), (x - x.to(dtype).to(tl.float32)).to(dtype), input_precision=PRECISION)
             if STORE:
                 slot = tl.where((beta < SMALL)[:, None], G, beta[:, None] * G)
                 store_rows(slots + first * (H * V), slot, i, left, H * V, iv, V, V % BV != 0)

@@ -64,19 +64,21 @@ def find_edges(sequence, start, stop, cu_seqlens, first_chunk, T, C: tl.constexp
         return chunk.to(tl.int64), start == opening, stop == closing
 
 
-@triton.jit(do_not_specialize=["T", "N", "chunks", "spans", "span"])
-def span_table_kernel(cu_seqlens, table, first, T, N, chunks, spans, span, C: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["T", "N", "chunks", "spans", "span", "width"])
+def span_table_kernel(
+    cu_seqlens, table, first, T, N, chunks, spans, span, width, C: tl.constexpr, BLOCK: tl.constexpr
+):
     """For packed sequences, two tables in one: rows [0, chunks) cut every sequence into chunks, the next `spans` rows
     into spans of `span` tokens, always from the sequence's own start.
 
     A row is (sequence, first token, end). Tokens after the last sequence have rows of sequence -1; rows of the bound that
-    hold no token end where they start. first[0, n] is the first chunk of sequence n, first[1, n] its first span; n = N
-    closes the list.
+    hold no token end where they start. first [2, width]: first[0, n] is the first chunk of sequence n, first[1, n] its
+    first span; n = N closes the list.
     """
     of_spans = tl.program_id(1)
     rows = tl.where(of_spans == 1, spans, chunks)
     size = tl.where(of_spans == 1, span, C)
-    first += of_spans * (N + 1)
+    first += of_spans * width
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sequence = tl.zeros([BLOCK], tl.int32)
     opened = tl.zeros([BLOCK], tl.int32)

@@ -64,5 +64,5 @@ def limits(dtype, keys="silu", beta=None):
     if keys == "identical":
         forward = gradient = {torch.float32: 5e-5, torch.bfloat16: 3e-2, torch.float16: 6e-3}[dtype]
     elif beta is not None and beta > 1:
-        forward = gradient = {torch.float32: 5e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype]
+        forward = gradient = {torch.float32: 5e-5, torch.bfloat16: 5e-2, torch.float16: 2e-2}[dtype]
     return [forward] * 2 + [gradient] * 5

@@ -75,7 +75,7 @@ def with_gradients(function, inputs, seed=2):
     inputs = [x.detach().requires_grad_() for x in inputs]
     results = function(*inputs)
     g = torch.Generator().manual_seed(seed)
-    gradients = [torch.randn(x.shape, generator=g).to(x.dtype) for x in results]
+    gradients = [torch.randn(x.shape, generator=g).to(x) for x in results]
     gradients = torch.autograd.grad(results, inputs, gradients, allow_unused=True, materialize_grads=True)
     return [*(x.detach() for x in results), *gradients]
 

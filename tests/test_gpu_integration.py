@@ -172,17 +172,17 @@ def compilations(cuda):
         yield names
 
 
-@pytest.mark.parametrize("dtype", [HALF, torch.float32])
-def test_a_new_length_batch_or_number_of_heads_compiles_nothing(cuda, compilations, dtype):
+@pytest.mark.parametrize("dtype, D", [(HALF, 128), (torch.float32, 32)])
+def test_a_new_length_batch_or_number_of_heads_compiles_nothing(cuda, compilations, dtype, D):
     for B, T, H in ((1, 100, 1), (8, 1024, 16), (1, 16384, 2)):  # few blocks, many, and few with a long row
-        Case(cuda, dtype, T, B=B, H=H).actual()
+        Case(cuda, dtype, T, D, D, B, H).actual()
     for bounds in ([0, 100, 300], [0, 100, 16384], list(range(0, 301))):
-        Case(cuda, dtype, bounds[-1], bounds=bounds).actual()
+        Case(cuda, dtype, bounds[-1], D, D, bounds=bounds).actual()
     del compilations[:]
     for B, T, H in ((1, 1, 1), (2, 16, 1), (3, 63, 7), (1, 64, 16), (5, 1000, 3), (1, 4096, 32), (1, 9000, 1), (9, 2048, 8)):
-        Case(cuda, dtype, T, B=B, H=H).actual()
+        Case(cuda, dtype, T, D, D, B, H).actual()
     for bounds, T in (([0, 1], 1), ([0, 0, 0, 5], 16), (list(range(0, 2001, 20)), 2048), ([0, 9000], 9001)):
-        Case(cuda, dtype, T, H=3, bounds=bounds).actual()
+        Case(cuda, dtype, T, D, D, H=3, bounds=bounds).actual()
     assert not compilations
 
 
