@@ -99,7 +99,12 @@ def test_plain_lm_eval_gives_the_same_numbers(smoke):
 def test_a_second_run_keeps_results_and_a_changed_one_does_not(smoke, monkeypatch):
     evaluated = []
     original = runner._evaluate
-    monkeypatch.setattr(runner, "_evaluate", lambda lm, task, *rest: evaluated.append(task.task_name) or original(lm, task, *rest))
+
+    def noted(lm, task, *rest):
+        evaluated.append(task.task_name)
+        return original(lm, task, *rest)
+
+    monkeypatch.setattr(runner, "_evaluate", noted)
     monkeypatch.setattr(runner, "DeltaNetLM", lambda **kwargs: pytest.fail("the model was loaded"))
     assert main(smoke["arguments"])["results"] == smoke["results"]["results"]
 
@@ -141,8 +146,8 @@ def test_a_batch_that_does_not_fit_is_halved(smoke, monkeypatch):
     monkeypatch.setattr(runner, "simple_evaluate", out_of_memory_above_two)
     results = main([*smoke["common"], "--tasks", "smoke_choice", "--output_path", str(smoke["folder"] / "halved")])
     assert sizes == [4, 2]
-    metric = METRICS["smoke_choice"]
-    assert results["results"]["smoke_choice"]["metrics"][metric] == smoke["results"]["results"]["smoke_choice"]["metrics"][metric]
+    halved, whole = (run["results"]["smoke_choice"]["metrics"]["acc_norm,none"] for run in (results, smoke["results"]))
+    assert halved == whole
 
 
 def test_two_processes_share_the_work_and_agree(smoke):

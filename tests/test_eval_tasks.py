@@ -3,6 +3,7 @@
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import lm_eval
 import pytest
@@ -168,8 +169,10 @@ def test_unknown_tasks_get_similar_names(quick_index):
 
 
 def test_needle_prompts_have_the_lengths_asked_for(quick_index, tmp_path, monkeypatch):
-    # RULER's module fetches sentence data when imported, which these tasks do not use.
+    # RULER's module fetches sentence data when imported, which these tasks do not use, and sorts six million words.
+    words = {kind: [f"{kind}{index}" for index in range(20)] for kind in ("nouns", "adjectives", "verbs")}
     monkeypatch.setattr("nltk.download", lambda name: None)
+    monkeypatch.setattr("wonderwords.RandomWord", lambda: SimpleNamespace(_categories=words))
     prepare = importlib.import_module("lm_eval.tasks.ruler.prepare_niah")
     original = prepare.generate_samples
     monkeypatch.setattr(prepare, "generate_samples", lambda *args, **kwargs: original(*args, **{**kwargs, "num_samples": 2}))
