@@ -11,7 +11,7 @@ from .metrics import numbers  # noqa: E402
 
 
 def plot_results(path: Path, results: dict, comparison: dict | None, model: str) -> None:
-    """Beside the paper's rows where there are any; needle tasks over the length; else every metric between 0 and 1 as a bar."""
+    """Beside the paper's rows where there are any; needle tasks over the length; else metrics between 0 and 1 as bars."""
     needles = {task: result for task, result in results.items() if task.startswith("niah_")}
     if comparison:
         figure = _beside_paper(comparison)

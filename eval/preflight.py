@@ -62,8 +62,10 @@ def find_batch_size(args, config, length: int) -> int:
     trying ends in a killed process on a CPU. A number in `batch_size` is taken as it is.
 
     Raises:
-        EvaluationError: not even one row of `length` tokens fits.
+        EvaluationError: not even one row of `length` tokens fits, or there is no such device.
     """
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise EvaluationError(f"--device {args.device}: no GPU is available here")
     if args.batch_size != "auto":
         return int(args.batch_size)
     free = free_memory(args.device)
@@ -81,7 +83,8 @@ def find_batch_size(args, config, length: int) -> int:
 def free_memory(device: str) -> int:
     """Bytes free for this process: of the GPU, or its share of the machine's memory and of the control group's."""
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(torch.device(device))[0]
+        own = device if ":" in device else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        return torch.cuda.mem_get_info(torch.device(own))[0]
     free = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():

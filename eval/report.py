@@ -1,6 +1,7 @@
 """What a run leaves behind: results.json, table.md, plot.png and card_results.json."""
 
 import json
+import math
 import platform
 import subprocess
 import time
@@ -82,9 +83,11 @@ def git_commit() -> str | None:
 
 
 def card_results(results: dict, settings: dict) -> list[dict]:
-    """The list of results that `python -m deltanet.publish --results` writes into a model card, one object a number."""
+    """The finite results as `python -m deltanet.publish --results` writes them into a model card, one object a number."""
     card = []
     for task, metric, value, error in numbers(results):
+        if not math.isfinite(value):
+            continue
         result = results[task]
         entry = {"task": task, "metric": metric, "value": value}
         entry |= {"dataset": HUB_DATASETS[task]} if task in HUB_DATASETS else {}
@@ -101,20 +104,23 @@ def card_results(results: dict, settings: dict) -> list[dict]:
 
 
 def markdown(content: dict) -> str:
-    """The paper's rows with differences where its columns were run, every number, the token choices and the plain command."""
+    """The paper's rows with differences where its columns were run, all numbers, token choices and the plain command."""
     parts = [f"# {content['model']}\n"]
     if content["paper"]:
         parts.append(_paper_table(content["paper"]))
     parts.append(_numbers_table(content["results"]))
     tokens = ", ".join(f"{key} {value!r}" for key, value in content["tokens"].items())
-    settings = content["settings"]
     parts.append(f"Tokens: {tokens}.\n")
+    settings = content["settings"]
     if settings["limit"] or settings["samples"]:
         parts.append("Only a part of the documents was scored: these numbers compare with nothing.\n")
-    parts.append(f"lm-eval {content['versions']['lm-eval']}, deltanet {content['commit'] or content['versions']['deltanet']}, ")
-    parts.append(f"{content['device']}, batch size {settings['batch_size']}, windows of {settings['max_length']} tokens.\n\n")
+    versions = content["versions"]
+    parts.append(
+        f"lm-eval {versions['lm-eval']}, deltanet {content['commit'] or versions['deltanet']}, {content['device']}, "
+        f"batch size {settings['batch_size']}, windows of {settings['max_length']} tokens.\n"
+    )
     parts.append(f"The same with plain lm-eval (the checkpoint must carry its code):\n\n    {content['command']}\n")
-    return "\n".join(parts[:-3]) + "\n" + "".join(parts[-3:])
+    return "\n".join(parts)
 
 
 def _paper_table(comparison: dict) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -48,8 +49,6 @@ def model_arguments(args, max_length: int) -> dict:
 
 def fingerprint(task, args, model_args: dict, identity: str) -> str:
     """Hash of all that the scores of a task depend on: model, arguments, lm-eval's own, the task and its documents."""
-    from importlib.metadata import version
-
     digest = hashlib.sha256()
     settings = {name: getattr(args, name) for name in PASSED_ON if name not in ("write_out", "log_samples")}
     parts = [settings, model_args, args.seed, identity, version("lm-eval"), task.VERSION, task.config.generation_kwargs]
@@ -67,8 +66,10 @@ def model_identity(model: str, config) -> str:
     return str([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
 
 
-def stored_result(folder: Path, name: str, mark: str) -> dict | None:
-    """The result of an earlier run of the same task with the same settings, or `None`."""
+def stored_result(folder: Path, name: str, mark: str, samples: bool) -> dict | None:
+    """The result of an earlier run of the same task with the same settings (and its samples if wanted), or `None`."""
+    if samples and not (folder / f"{name}.samples.jsonl").is_file():
+        return None
     try:
         stored = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -76,13 +77,15 @@ def stored_result(folder: Path, name: str, mark: str) -> dict | None:
     return stored["result"] if stored["fingerprint"] == mark else None
 
 
-def run_tasks(tasks: dict, marks: dict[str, str], manager, folder: Path, args, model_args: dict, batch_size: int) -> dict | None:
+def run_tasks(
+    tasks: dict, marks: dict[str, str], manager, folder: Path, args, model_args: dict, batch_size: int
+) -> dict | None:
     """
     Evaluate the tasks that have no stored result in `folder` and store each as it ends.
 
     Returns lm-eval's results by task, or `None` in every process but the first.
     """
-    results = {name: stored_result(folder, name, marks[name]) for name in tasks}
+    results = {name: stored_result(folder, name, marks[name], args.log_samples) for name in tasks}
     pending = [name for name in tasks if results[name] is None]
     if done := [name for name in tasks if name not in pending]:
         logger.warning("kept from an earlier run with the same settings: %s", ", ".join(done))
@@ -120,7 +123,8 @@ def _evaluate(lm, task, manager, args) -> dict | None:
             if not should_reduce_batch_size(error) or lm.world_size > 1:
                 raise
             if lm.batch_size_per_gpu == 1:
-                raise EvaluationError(f"{task.task_name}: memory ran out at batch size 1; choose a smaller --max_length") from error
+                message = f"{task.task_name}: memory ran out at batch size 1; choose a smaller --max_length"
+                raise EvaluationError(message) from error
             lm.batch_size_per_gpu //= 2
             logger.warning("%s: memory ran out, again with batch size %d", task.task_name, lm.batch_size_per_gpu)
         if torch.cuda.is_available():

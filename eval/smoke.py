@@ -14,7 +14,7 @@ _KEYS = ("harbour", "orchard", "lantern", "meadow", "chapel", "saddle", "ribbon"
 
 
 def held_out_text(data: Path | None) -> str:
-    """The text of `data/smoke.txt`, or of the files `heldout-*.txt` that the package ships for training's held-out loss."""
+    """The text of `data/smoke.txt`, or of the files `heldout-*.txt` that the package ships for its first training run."""
     files = [data / "smoke.txt"] if data else sorted(SHIPPED_TEXT.glob("heldout-*.txt"))
     if not files or not all(file.is_file() for file in files):
         wanted = files[0] if files else SHIPPED_TEXT / "heldout-*.txt"
@@ -26,7 +26,8 @@ def smoke_documents(text: str) -> dict[str, list[dict]]:
     """Documents of each smoke task, by task name; every task type of lm-eval is among them."""
     passages = _passages(text)
     if len(passages) < _CHOICES:
-        raise EvaluationError(f"the smoke text gives {len(passages)} passages of {_PASSAGE_WORDS} words; at least 4 are needed")
+        found = f"the smoke text gives {len(passages)} passages of {_PASSAGE_WORDS} words"
+        raise EvaluationError(f"{found}; at least {_CHOICES} are needed")
     return {
         "smoke_perplexity": [{"passage": " ".join(passages[i : i + 4])} for i in range(0, len(passages), 4)][:32],
         "smoke_last_word": [found for passage in passages if (found := _last_word(passage))][:64],

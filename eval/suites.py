@@ -28,9 +28,7 @@ SUITES = {
     # squad_completion would stop at an empty line and after 256 tokens, the paper's three at a line's end and after 48.
     "recall": Suite((*(f"{task}_v0" for task in RECALL), *RECALL), gen_kwargs={"until": ["\n"], "max_gen_toks": 48}),
     # The needle tasks of RULER that need no data: one needle in noise, many needles, many needles with long keys.
-    "ruler": Suite(
-        ("niah_single_1", "niah_multikey_2", "niah_multikey_3"), lengths=(1024, 2048, 4096, 8192, 16384, 32768)
-    ),
+    "ruler": Suite(("niah_single_1", "niah_multikey_2", "niah_multikey_3"), lengths=(1024, 2048, 4096, 8192, 16384, 32768)),
     "smoke": Suite(("smoke_perplexity", "smoke_last_word", "smoke_choice", "smoke_needle")),
 }
 

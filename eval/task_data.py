@@ -76,7 +76,8 @@ def task_files(manager: TaskManager, names: list[str], data: Path | None, folder
         else:
             specs[name] = _local_task(source, name, data, folder, fewshot, missing)
     if missing:
-        raise EvaluationError("--data lacks " + ", ".join(missing) + " (.jsonl or .parquet); `deltanet/eval/task_data.py` has the layout")
+        layout = "(.jsonl or .parquet); eval/README.md has the layout"
+        raise EvaluationError(f"--data lacks {', '.join(missing)} {layout}")
     return specs
 
 

@@ -69,7 +69,8 @@ def test_mqar_labels_are_the_values_at_repeated_keys():
 
 def test_mqar_queries_come_early_as_the_power_law_says():
     space, power = 24, 0.1
-    inputs, labels = recall_tasks.multi_query_recall(_rng(), 20_000, True, vocab=64, length=2 * space + 2, pairs=1, power=power)
+    sizes = {"vocab": 64, "length": 2 * space + 2, "pairs": 1}
+    _, labels = recall_tasks.multi_query_recall(_rng(), 20_000, True, **sizes, power=power)
     slots = (np.argmax(labels != IGNORE, 1) - 2) // 2
     weight = np.arange(1, space + 1) ** (power - 1.0)
     assert np.bincount(slots, minlength=space) / 20_000 == pytest.approx(weight / weight.sum(), abs=0.012)
@@ -225,7 +226,8 @@ def test_any_causal_model_is_built_and_causal(text):
     changed[:, 8] = (ids[:, 8] + 1) % 32
     with torch.no_grad():
         logits, other = model(ids).logits, model(changed).logits
-    assert torch.allclose(logits[:, :8], other[:, :8], atol=1e-5) and not torch.allclose(logits[:, 8], other[:, 8], atol=1e-3)
+    assert torch.allclose(logits[:, :8], other[:, :8], atol=1e-5)
+    assert not torch.allclose(logits[:, 8], other[:, 8], atol=1e-3)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert not any("mlp." in name for name, _ in model.named_parameters())
     assert not torch.equal(model.train()(ids).logits, model(ids).logits), "dropout in training"
@@ -258,8 +260,8 @@ def test_learning_rates_follow_the_published_shapes():
 
 def test_a_sweep_learns_writes_and_goes_on(tmp_path, monkeypatch):
     common = ["--tasks", "memorization", "--sizes", '{"vocab": 16, "length": 8}', "--test_examples", "40", "--device", "cpu"]
-    arguments = [*common, "--models", "deltanet", "llama", "--learning_rates", "1e-2", "--weight_decays", "0", "--epochs", "20"]
-    arguments += ["--widths", "32", "64", "--batch_size", "64", "--output_path", str(tmp_path)]
+    arguments = [*common, *"--models deltanet llama --learning_rates 1e-2 --weight_decays 0 --epochs 20".split()]
+    arguments += [*"--widths 32 64 --batch_size 64 --output_path".split(), str(tmp_path)]
     results = command.main(arguments)
     assert [run["best"] > 0.99 for run in results] == [True] * 4, [run["curve"] for run in results]
     table = (tmp_path / "table.md").read_text()

@@ -6,14 +6,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import deltanet  # noqa: F401  registers delta_net with the Auto classes
+from deltanet import DeltaNetConfig
 
 # Fields that follow from the width, for models whose configuration needs more than the common names.
 _SHAPES = {
     "delta_net": lambda width: {"num_heads": 2},
     "mamba2": lambda width: {"expand": 2, "head_dim": min(64, width), "num_heads": max(2, width // 32), "n_groups": 1},
 }
-_ALIASES = {"deltanet": "delta_net"}
+# Importing the configuration registers it with the Auto classes.
+_ALIASES = {"deltanet": DeltaNetConfig.model_type}
 
 
 def parse_model(text: str) -> tuple[str, dict]:
@@ -29,7 +30,9 @@ def parse_model(text: str) -> tuple[str, dict]:
     return _ALIASES.get(kind, kind), {key: _value(value) for key, _, value in pairs}
 
 
-def build_model(text: str, vocab: int, width: int, layers: int, mlp=True, dropout=0.0, tied=False, deltanet=None, seed=0, length=512):
+def build_model(
+    text: str, vocab: int, width: int, layers: int, mlp=True, dropout=0.0, tied=False, deltanet=None, seed=0, length=512
+):
     """
     A seeded causal language model.
 
@@ -49,7 +52,7 @@ def build_model(text: str, vocab: int, width: int, layers: int, mlp=True, dropou
     kind, fields = parse_model(text)
     shape = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 256 * -(-width * 8 // 3 // 256)}
     shape = _SHAPES.get(kind, lambda width: shape)(width)
-    shape |= (deltanet or {}) if kind == "delta_net" else {}
+    shape |= (deltanet or {}) if kind == DeltaNetConfig.model_type else {}
     common = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": layers, "tie_word_embeddings": tied}
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = AutoConfig.for_model(kind, **{**common, "max_position_embeddings": length, **special, **shape, **fields})

@@ -15,9 +15,9 @@ def multi_query_recall(rng, examples, train, vocab=8192, length=512, pairs=64, p
     """
     MQAR: `pairs` distinct keys and values, then each key once more; its value is asked for at the key.
 
-    Keys are ids 1 ... V/2-1, values V/2 ... V-1. The second half of the sequence has length/2 - pairs slots of two tokens; slot
-    i holds a query with weight i^(power-1), so that with the default most queries come early. Other positions are 0, or
-    random with `random_filling`. Train and test are alike.
+    Keys are ids 1 ... V/2-1, values V/2 ... V-1. Behind the pairs are length/2 - pairs slots of two tokens; slot i holds a
+    query with weight i^(power-1), so that with the default most queries come early. Other positions are 0, or random with
+    `random_filling`. Train and test are alike.
     """
     space = length // 2 - pairs
     if space < pairs or length % 2:

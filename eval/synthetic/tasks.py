@@ -40,9 +40,11 @@ class Task:
         return replace(self, **own, training={**self.training, **training})
 
 
-_ZOOLOGY = {"batch_size": 128, "epochs": 64, "learning_rates": [1e-4, 10**-3.33333, 10**-2.66667, 1e-2], "weight_decays": [0.1]}
-_MAD = {"batch_size": 128, "epochs": 200, "learning_rates": [1e-4, 5e-4, 1e-3], "weight_decays": [0.0, 0.1], "final_rate": 1e-6}
-_PARITY = {"batch_size": 256, "epochs": 1, "learning_rates": [1e-3], "weight_decays": [0.0], "warmup": 0.1, "final_factor": 1e-3}
+_ZOOLOGY = {"batch_size": 128, "epochs": 64, "learning_rates": [1e-4, 4.642e-4, 2.154e-3, 1e-2], "weight_decays": [0.1]}
+_MAD_GRID = {"learning_rates": [1e-4, 5e-4, 1e-3], "weight_decays": [0.0, 0.1]}
+_MAD = {"batch_size": 128, "epochs": 200, "final_rate": 1e-6, **_MAD_GRID}
+_SCHEDULE = {"warmup": 0.1, "final_factor": 1e-3}
+_PARITY = {"batch_size": 256, "epochs": 1, "learning_rates": [1e-3], "weight_decays": [0.0], **_SCHEDULE}
 _S3 = {"batch_size": 2048, "epochs": 100, "learning_rates": [1e-3], "weight_decays": [0.01]}
 _MAD_MODEL = {"width": 128, "layers": 2}
 _STATE_MODEL = {"width": 128, "layers": 2, "deltanet": {"num_heads": 4}}

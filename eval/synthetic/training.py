@@ -14,7 +14,7 @@ from .tasks import Task
 SOLVED = 0.99
 
 
-def train(task: Task, data, model_text: str, width: int, rate: float, decay: float, seed: int, device: str, label: str) -> dict:
+def train(task: Task, data, model_text: str, width: int, rate: float, decay: float, seed: int, device: str, label: str):
     """
     Train a model on a task until it is solved (test accuracy above 0.99) or the epochs end.
 
