@@ -83,23 +83,29 @@ def task_files(manager: TaskManager, names: list[str], data: Path | None, folder
 
 def load_tasks(manager: TaskManager, specs: dict[str, str], seeds: list[int]) -> dict:
     """
-    Task objects by name, a group's and a tag's one by one. Their data is read here, before the model.
+    Task objects by name, a group's and a tag's one by one. Their data are read here, before the model.
 
-    The random generators are seeded as lm-eval does before it loads tasks: RULER's prompts come from them.
+    The random generators are seeded, and all tasks loaded by one call, as lm-eval does: RULER's prompts come from them.
 
     Raises:
         EvaluationError: a task's data cannot be had; the cause is in the message.
     """
     random.seed(seeds[0])
     np.random.seed(seeds[1])
-    tasks = {}
-    for name, spec in specs.items():
-        try:
-            tasks.update(manager.load([spec])["tasks"])
-        except Exception as error:
-            hint = "; it needs the Hub once, or a local copy by --data DIR"
-            raise EvaluationError(f"task {name!r} cannot load its data: {type(error).__name__}: {error}{hint}") from error
-    return tasks
+    try:
+        return manager.load(list(specs.values()))["tasks"]
+    except Exception as error:
+        name = next((name for name in specs if not _loads(manager, specs[name])), ", ".join(specs))
+        hint = "; it needs the Hub once, or a local copy by --data DIR" if isinstance(error, OSError) else ""
+        raise EvaluationError(f"task {name!r} cannot load its data: {type(error).__name__}: {error}{hint}") from error
+
+
+def _loads(manager: TaskManager, spec: str) -> bool:
+    try:
+        manager.load([spec])
+    except Exception:
+        return False
+    return True
 
 
 def _makes_its_own_data(manager: TaskManager, name: str) -> bool:

@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import pytest
 from models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -11,6 +12,14 @@ _WORDS = (
     "the a one old young garden river house captain letter morning evening walked spoke answered quiet kind window road "
     "friend sister brother carriage weather sudden gentle little great never always under above before after happy tired"
 ).split()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_environment_report():
+    """lm-eval lists the machine's packages and drivers after every task, in subprocesses that take seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+        yield
 
 
 def english_like_text(sentences: int = 400, seed: int = 0) -> str:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from eval_checkpoints import english_like_text, save_checkpoint
+from eval_checkpoints import english_like_text, no_environment_report, save_checkpoint  # noqa: F401
 from lm_eval import simple_evaluate
 from lm_eval._cli.run import Run
 from lm_eval.config.evaluate_config import EvaluatorConfig

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import lm_eval
 import pytest
-from eval_checkpoints import english_like_text, save_checkpoint
+from eval_checkpoints import english_like_text, no_environment_report, save_checkpoint  # noqa: F401
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
