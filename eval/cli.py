@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         EvaluationError: before the model is loaded, where a task, its data, the tokenizer or the sizes cannot work.
     """
     args = build_parser().parse_args(argv)
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
     names, suite = _requested(args)
     args.lengths = args.lengths or (list(suite.lengths) if suite else [])
     args.gen_kwargs = args.gen_kwargs or (dict(suite.gen_kwargs) if suite else {}) or None
@@ -130,6 +131,3 @@ def _seeds(text: str) -> list[int]:
     if len(seeds) not in (1, 4):
         raise argparse.ArgumentTypeError(f"{text!r}: one number or four")
     return seeds * (4 // len(seeds))
-
-
-logging.getLogger("lm_eval").setLevel(logging.WARNING)

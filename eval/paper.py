@@ -15,7 +15,8 @@ def compare(results: dict, paper: dict) -> dict | None:
     The run's numbers in the paper's units and their differences from each of its rows.
 
     A column is filled only by the task version that the paper ran. Returns `None` where no column was run; else
-    `columns` (names), `model` (values by column), `rows` (`model`, `size`, `values`, `differences`) and `source`.
+    `columns` (names), `decimals` (as the paper prints), `model` (values by column), `rows` (`model`, `size`, `values`,
+    `differences`) and `source`.
     """
     own = {}
     for column in paper["columns"]:
@@ -37,4 +38,11 @@ def compare(results: dict, paper: dict) -> dict | None:
         }
         for row in paper["rows"]
     ]
-    return {"columns": order, "model": {name: own[name] for name in order}, "rows": rows, "source": paper["source"]}
+    perplexities = {column["name"] for column in paper["columns"] if column["scale"] == 1}
+    return {
+        "columns": order,
+        "decimals": {name: 2 if name in perplexities else 1 for name in order},
+        "model": {name: own[name] for name in order},
+        "rows": rows,
+        "source": paper["source"],
+    }

@@ -19,7 +19,7 @@ def plot_results(path: Path, results: dict, comparison: dict | None, model: str)
         figure = _over_length(needles)
     else:
         figure = _bars(results)
-    figure.suptitle(model, fontsize=10)
+    figure.suptitle(model, fontsize=10, y=1.03)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
@@ -35,6 +35,9 @@ def _beside_paper(comparison: dict):
             style = {"color": "tab:blue" if ours else "0.6", "marker": "o" if ours else "x", "s": 18}
             axis.scatter(sizes.index(row["size"]), row["values"][name], **style)
         axis.axhline(comparison["model"][name], color="tab:red")
+        values = [row["values"][name] for row in comparison["rows"]]
+        if comparison["model"][name] > 4 * max(values):
+            axis.set_yscale("log")
         axis.set_title(name, fontsize=9)
         axis.set_xticks(range(len(sizes)), [size.split(" /")[0] for size in sizes], fontsize=8)
         axis.set_xlim(-0.5, len(sizes) - 0.5)

@@ -124,12 +124,13 @@ def markdown(content: dict) -> str:
 
 
 def _paper_table(comparison: dict) -> str:
-    names = comparison["columns"]
+    names, decimals = comparison["columns"], comparison["decimals"]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    own = (_number(comparison["model"].get(name)) for name in names)
+    own = (f"{comparison['model'][name]:.{decimals[name]}f}" for name in names)
     lines.append("| **this model** | " + " | ".join(own) + " |")
     for row in comparison["rows"]:
-        cells = (_with_difference(row["values"].get(name), row["differences"].get(name)) for name in names)
+        pairs = ((row["values"][name], row["differences"][name], decimals[name]) for name in names)
+        cells = (f"{value:.{digits}f} ({difference:+.{digits}f})" for value, difference, digits in pairs)
         lines.append(f"| {row['model']}, {row['size']} | " + " | ".join(cells) + " |")
     note = f"{comparison['source']}. In brackets: this model minus that row."
     return "\n".join([*lines, "", note, ""])
@@ -143,11 +144,3 @@ def _numbers_table(results: dict) -> str:
         shown = "" if error is None else f"{error:.4f}"
         lines.append(f"| {task} | {result['version']} | {count} | {metric} | {value:.4f} | {shown} |")
     return "\n".join([*lines, ""])
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _with_difference(value: float | None, difference: float | None) -> str:
-    return _number(value) + ("" if difference is None else f" ({difference:+.2f})")

@@ -1,15 +1,7 @@
 """From the names of tasks to lm-eval's task objects, with data from the Hub, from a local directory or from the package.
 
-Local data (`--data DIR`) is one folder a task, one file a split, JSON lines or parquet with the columns of the Hub's data:
-
-    DIR/wikitext/test.jsonl            DIR/swde/validation.jsonl           (versions 0 and 1 read the same folder)
-    DIR/lambada_openai/test.parquet    DIR/squad_completion/validation.jsonl
-    DIR/piqa/validation.jsonl          DIR/fda/validation.jsonl
-    DIR/hellaswag/validation.jsonl     DIR/arc_easy/test.jsonl
-    DIR/winogrande/validation.jsonl    DIR/arc_challenge/test.jsonl
-    DIR/smoke.txt                      the text of the smoke suite; by default the package's own
-
-The split that a task scores is required, its training split only for examples in the prompt (`--num_fewshot`).
+Local data (`--data DIR`) is one folder a task, one file a split: `DIR/piqa/validation.jsonl`. The layout of every task is in
+`eval/README.md`. The split that a task scores is required, its training split only for examples in the prompt.
 """
 
 import difflib

@@ -105,10 +105,8 @@ def fuzzy_recall(rng, examples, train, vocab=16, length=128, motif=3):
     every = np.ones(examples, bool)
     _append(inputs, targets, cursor, rows, (probe, probe_size), (probe_value, probe_value_size), every, every)
 
-    source = np.arange(length + 1) - (length + 1 - cursor)[:, None]
-    inputs = np.where(source >= 0, np.take_along_axis(inputs, np.maximum(source, 0), 1), vocab - 1)
-    targets = np.where(source >= 0, np.take_along_axis(targets, np.maximum(source, 0), 1), IGNORE)
-    return _shifted(inputs, targets, train)
+    shift = (length + 1 - cursor)[:, None]
+    return _shifted(_moved(inputs, shift, length + 1, vocab - 1), _moved(targets, shift, length + 1, IGNORE), train)
 
 
 def memorization(rng, examples, train, vocab=256, length=32, map_seed=12345):
@@ -157,6 +155,12 @@ def _distinct(rng, examples, choices, count, log_weight=None):
 def _shifted(tokens, targets, train):
     """Inputs without the last token; labels are the next tokens in training, the next targets in testing."""
     return tokens[:, :-1].copy(), (tokens if train else targets)[:, 1:].copy()
+
+
+def _moved(tokens, shift, length, filler):
+    """Rows moved to the right by `shift` [examples, 1], cut to `length`, with `filler` on the left."""
+    source = np.arange(length) - shift
+    return np.where(source >= 0, np.take_along_axis(tokens, np.maximum(source, 0), 1), filler)
 
 
 def _motifs(rng, examples, parts, motif, train):

@@ -29,17 +29,32 @@ def train(task: Task, data, model_text: str, width: int, rate: float, decay: flo
     Returns `accuracy` and `loss` of the last evaluation, `best` accuracy, `scaled` (the best with guessing at 0), `curve` of
     (epoch, accuracy), `parameters` and `seconds`.
     """
-    settings = task.training
-    inputs, labels, test_inputs, test_labels = (part.to(device) for part in data)
-    length = max(inputs.shape[1], test_inputs.shape[1])
-    options = {**task.model, "width": width, "seed": seed, "length": length}
-    model = build_model(model_text, task.vocab, **options).to(device)
+    began = time.time()
+    data = [part.to(device) for part in data]
+    length = max(data[0].shape[1], data[2].shape[1])
+    model = build_model(model_text, task.vocab, **{**task.model, "width": width, "seed": seed, "length": length}).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay)
+    curve = _fit(model, optimizer, data, task.training, rate, seed, device, label)
+    best = max(accuracy for _, accuracy, _ in curve)
+    return {
+        "accuracy": curve[-1][1],
+        "loss": curve[-1][2],
+        "best": best,
+        "scaled": (best - task.chance) / (1 - task.chance),
+        "curve": [(epoch, accuracy) for epoch, accuracy, _ in curve],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seconds": time.time() - began,
+    }
+
+
+def _fit(model, optimizer, data, settings: dict, rate: float, seed: int, device: str, label: str) -> list[tuple]:
+    """Train and evaluate after every epoch (20 times where there is one); (epoch, accuracy, loss) of each evaluation."""
+    inputs, labels, test_inputs, test_labels = data
     order = torch.Generator().manual_seed(seed)
     batch, epochs = min(settings["batch_size"], len(inputs)), settings["epochs"]
     steps = math.ceil(len(inputs) / batch)
     every = steps if epochs > 1 else max(1, steps // 20)
-    curve, began = [], time.time()
+    curve = []
     with tqdm(total=epochs * steps, desc=label, leave=False) as progress:
         for step in range(epochs * steps):
             if step % steps == 0:
@@ -51,20 +66,11 @@ def train(task: Task, data, model_text: str, width: int, rate: float, decay: flo
             progress.update()
             if (step + 1) % every == 0 or step + 1 == epochs * steps:
                 accuracy, loss = evaluate(model, test_inputs, test_labels, batch, device)
-                curve.append(((step + 1) / steps, accuracy))
+                curve.append(((step + 1) / steps, accuracy, loss))
                 progress.set_postfix(accuracy=f"{accuracy:.3f}", loss=f"{loss:.3f}")
                 if accuracy > SOLVED:
                     break
-    best = max(accuracy for _, accuracy in curve)
-    return {
-        "accuracy": accuracy,
-        "loss": loss,
-        "best": best,
-        "scaled": (best - task.chance) / (1 - task.chance),
-        "curve": curve,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "seconds": time.time() - began,
-    }
+    return curve
 
 
 def rate_factor(step: int, steps: int, epochs: int, rate: float, settings: dict) -> float:
