@@ -30,30 +30,37 @@ def smoke_documents(text: str) -> dict[str, list[dict]]:
         raise EvaluationError(f"{found}; at least {_CHOICES} are needed")
     return {
         "smoke_perplexity": [{"passage": " ".join(passages[i : i + 4])} for i in range(0, len(passages), 4)][:32],
-        "smoke_last_word": [found for passage in passages if (found := _last_word(passage))][:64],
+        "smoke_last_word": _last_words(text)[:64],
         "smoke_choice": _continuations(passages)[:64],
         "smoke_needle": _needles(passages)[:32],
     }
 
 
+def _sentences(text: str) -> list[list[str]]:
+    return [sentence.split() for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split()))]
+
+
 def _passages(text: str) -> list[str]:
     """Runs of whole sentences, each the shortest of at least 60 words; an incomplete one at the end is left out."""
     passages, words = [], []
-    for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())):
-        words += sentence.split()
+    for sentence in _sentences(text):
+        words += sentence
         if len(words) >= _PASSAGE_WORDS:
             passages.append(" ".join(words))
             words = []
     return passages
 
 
-def _last_word(passage: str) -> dict | None:
-    """A passage without its last word, or `None` where that word is short or new in the passage."""
-    *rest, last = passage.split()
-    word = re.sub(r"\W+$", "", last)
-    context = " ".join(rest)
-    repeated = re.search(rf"\b{re.escape(word)}\b", context)
-    return {"context": context, "word": word} if len(word) >= 4 and word.isalpha() and repeated else None
+def _last_words(text: str) -> list[dict]:
+    """For every sentence that ends in a long word which the 60 words before have too: those words, and that word."""
+    documents, words = [], []
+    for sentence in _sentences(text):
+        words = [*words[-_PASSAGE_WORDS:], *sentence]
+        context, word = words[-_PASSAGE_WORDS - 1 : -1], re.sub(r"\W+$", "", words[-1])
+        repeated = re.search(rf"\b{re.escape(word)}\b", " ".join(context))
+        if len(words) > _PASSAGE_WORDS and len(word) >= 4 and word.isalpha() and repeated:
+            documents.append({"context": " ".join(context), "word": word})
+    return documents
 
 
 def _continuations(passages: list[str]) -> list[dict]:
