@@ -14,14 +14,14 @@ def compare(results: dict, paper: dict) -> dict | None:
     """
     The run's numbers in the paper's units and their differences from each of its rows.
 
-    A column is filled only by the task version that the paper ran. Returns `None` where no column was run; else
+    A column is filled only by the task version that the paper ran, without examples. Returns `None` where none was run; else
     `columns` (names), `decimals` (as the paper prints), `model` (values by column), `rows` (`model`, `size`, `values`,
     `differences`) and `source`.
     """
     own = {}
     for column in paper["columns"]:
         result = results.get(column["task"])
-        if result and float(result["version"]) == column["version"]:
+        if result and float(result["version"]) == column["version"] and not result["n_shot"]:
             own[column["name"]] = result["metrics"][column["metric"]] * column["scale"]
     average = paper["average"]
     if all(name in own for name in average["of"]):

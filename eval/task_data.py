@@ -115,21 +115,23 @@ def _local_task(source: Path | None, name: str, data: Path, folder: Path, fewsho
     config = load_yaml(source, resolve_func=False)
     scored = config.get("test_split") or config["validation_split"]
     wanted = {scored, config.get("training_split")} - {None} if fewshot else {scored}
-    files = {split: _data_file(data / base, split) for split in wanted}
-    missing += [f"{base}/{split}" for split, file in files.items() if file is None]
+    files = _data_files(data / base, wanted)
+    missing += [f"{base}/{split}" for split, file in files.items() if not file.is_file()]
     unused = {key: None for key in _SPLITS if config.get(key) and config[key] not in wanted}
     override = {"include": str(source), **_reading(files, folder), **unused, **(_STRIPPED if stripped else {})}
     return _write_task(folder, name, override, _STRIPPED_METRIC if stripped else "")
 
 
-def _data_file(folder: Path, split: str) -> Path | None:
-    return next((file for end in ("jsonl", "parquet") if (file := folder / f"{split}.{end}").is_file()), None)
+def _data_files(folder: Path, splits: set[str]) -> dict[str, Path]:
+    """The files of all splits in the one format that has them, or as JSON lines where none has."""
+    formats = [{split: folder / f"{split}.{end}" for split in sorted(splits)} for end in ("jsonl", "parquet")]
+    return next((files for files in formats if all(file.is_file() for file in files.values())), formats[0])
 
 
-def _reading(files: dict[str, Path | None], folder: Path) -> dict:
+def _reading(files: dict[str, Path], folder: Path) -> dict:
     """The configuration of a task that reads `files`, by split; the cache is beside the task files."""
-    kind = "parquet" if any(str(file).endswith("parquet") for file in files.values()) else "json"
-    data_files = {split: str(file and file.resolve()) for split, file in files.items()}
+    kind = "parquet" if any(file.suffix == ".parquet" for file in files.values()) else "json"
+    data_files = {split: str(file.resolve()) for split, file in files.items()}
     cache = str((folder / "cache").resolve())
     return {"dataset_path": kind, "dataset_name": None, "dataset_kwargs": {"data_files": data_files, "cache_dir": cache}}
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import lm_eval
 import pytest
+from datasets import Dataset
 from eval_checkpoints import english_like_text, no_environment_report, save_checkpoint  # noqa: F401
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -156,12 +157,28 @@ def test_missing_data_is_named_in_full(quick_index, local_data, tmp_path):
         task_files(manager, ["winogrande"], local_data, tmp_path / "files", fewshot=True)
 
 
-def test_a_task_of_another_version_gets_no_column():
+def test_parquet_and_examples_from_the_training_split(quick_index, tmp_path):
+    for split, goal in (("train", "shown"), ("validation", "asked")):
+        rows = [{**DOCUMENTS["piqa"], "goal": f"{goal} {index}"} for index in range(4)]
+        (tmp_path / "piqa").mkdir(exist_ok=True)
+        Dataset.from_list(rows).to_parquet(tmp_path / "piqa" / f"{split}.parquet")
+    arguments = [save_checkpoint(tmp_path / "model"), "--tasks", "piqa", "--data", str(tmp_path), "--num_fewshot", "2"]
+    arguments += ["--output_path", str(tmp_path / "out"), "--device", "cpu", "--log_samples", "--bootstrap_iters", "0"]
+    results = main(arguments)
+    sample = json.loads((tmp_path / "out/tasks/piqa.samples.jsonl").read_text().splitlines()[0])
+    prompt = sample["arguments"][0][0]
+    assert prompt.count("Question: shown") == 2 and prompt.count("Question: asked") == 1
+    assert "--num_fewshot 2" in results["command"] and results["paper"] is None
+
+
+def test_other_versions_and_examples_get_no_column():
     metrics = {"contains,none": 0.5}
-    results = {"swde_v0": {"version": 0, "metrics": metrics}, "fda_v0": {"version": 1, "metrics": metrics}}
+    zero = {"n_shot": 0, "metrics": metrics}
+    results = {"swde_v0": {"version": 0, **zero}, "fda_v0": {"version": 1, **zero}}
+    results["squad_completion_v0"] = {**results["swde_v0"], "n_shot": 1}
     comparison = compare(results, load_paper())
     assert comparison["model"] == {"SWDE": 50.0}
-    assert compare({"piqa": {"version": 2, "metrics": {"acc,none": 0.5}}}, load_paper()) is None
+    assert compare({"piqa": {"version": 2, "n_shot": 0, "metrics": {"acc,none": 0.5}}}, load_paper()) is None
 
 
 def test_unknown_tasks_get_similar_names(quick_index):
