@@ -210,7 +210,9 @@ def test_s3_labels_are_running_products(swaps_only):
         (lambda: recall_tasks.fuzzy_recall(_rng(), 1, True, 16, 20), "at least 8"),
         (lambda: recall_tasks.selective_copying(_rng(), 1, True, 16, 20, 10), "at least 2"),
         (lambda: parse_model("llama:heads"), "key=value"),
-        (lambda: build_model("no_such_model", 16, 32, 1), "no_such_model"),
+        (lambda: build_model("no_such_model", 16, 32, 1), "'no_such_model' is no model type"),
+        (lambda: command.main(["--tasks", "s3", "mqar", "--sizes", '{"length": 10}']), "task 'mqar' with .*'length': 10"),
+        (lambda: command.main(["--tasks", "parity", "--sizes", '{"length": 10}']), "unexpected keyword argument 'length'"),
     ],
 )
 def test_sizes_that_cannot_work(call, message):

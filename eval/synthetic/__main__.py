@@ -13,7 +13,7 @@ import torch
 
 from .models import build_model
 from .report import write_report
-from .tasks import TASKS, make_data
+from .tasks import TASKS, check_sizes, make_data
 from .training import train
 
 _RESIZED = ("examples", "test_examples", "epochs", "batch_size")
@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
             print(f"{name}: {task.source}\n    {task.sizes} {task.examples} examples, {task.model}, {task.training}")
         return []
     points = sweep(args)
+    for name in args.tasks:
+        check_sizes(name, _task(name, args))
     for task, model, width in {(task, model, width): None for task, model, width, *_ in points}:
         build_model(model, TASKS[task].vocab, **{**TASKS[task].model, "width": width})
     data = lru_cache(maxsize=1)(lambda name, seed: make_data(_task(name, args), seed))

@@ -4,7 +4,7 @@ import json
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from deltanet import DeltaNetConfig
 
@@ -50,6 +50,8 @@ def build_model(
         ValueError: the model type is unknown or a field does not fit.
     """
     kind, fields = parse_model(text)
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"model {text!r}: {kind!r} is no model type of Transformers; use deltanet, llama, mamba2, ...")
     shape = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 256 * -(-width * 8 // 3 // 256)}
     shape = _SHAPES.get(kind, lambda width: shape)(width)
     shape |= (deltanet or {}) if kind == DeltaNetConfig.model_type else {}

@@ -131,6 +131,18 @@ TASKS = {
 }
 
 
+def check_sizes(name: str, task: Task) -> None:
+    """
+    Raises:
+        ValueError: the generator does not know a size or cannot make sequences of these.
+    """
+    for train, sizes in ((True, task.sizes), (False, {**task.sizes, **task.test_sizes})):
+        try:
+            task.make(np.random.default_rng(0), 2, train, **sizes)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"task {name!r} with {sizes}: {error}") from error
+
+
 def make_data(task: Task, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Training inputs and labels and test inputs and labels, int32; no test sequence is a training sequence.
