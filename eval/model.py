@@ -1,5 +1,6 @@
 """The model as lm-eval sees it."""
 
+import logging
 import os
 
 import torch
@@ -7,6 +8,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 import deltanet  # noqa: F401  registers the architecture with the Auto classes
+
+logger = logging.getLogger(__name__)
 
 
 @register_model("deltanet")
@@ -29,6 +32,9 @@ class DeltaNetLM(HFLM):
             # lm-eval counts processes only where the machine has more than one GPU, and ranks within one machine.
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
+        stops, eos = self.token_choices()["generation_eos_token_id"], self.tokenizer.eos_token_id
+        if eos is not None and eos not in (stops if isinstance(stops, list) else [stops]):
+            logger.warning("generation stops at id %s, the tokenizer's EOS is %s: text behind it will be scored", stops, eos)
 
     def _model_call(self, inps, attn_mask=None, labels=None):
         """Logits [B, T, V] of token ids [B, T] padded on the right; a causal model needs no mask there."""

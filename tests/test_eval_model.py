@@ -80,6 +80,12 @@ def test_without_bos_the_prefix_is_eos(tmp_path):
     assert (choices["bos_token"], choices["prefix_token"], choices["eos_token"]) == (None, "</s>", "</s>")
 
 
+@pytest.mark.parametrize(("stops", "warned"), [(2, False), ([5, 2], False), (5, True)])
+def test_an_eos_that_generation_ignores_is_told(tmp_path, caplog, stops, warned):
+    _model(save_checkpoint(tmp_path, eos_token_id=stops), 1)
+    assert ("the tokenizer's EOS is 2" in caplog.text) == warned
+
+
 def test_sums_are_float32_and_no_cache_is_built(tmp_path, monkeypatch):
     lm = DeltaNetLM(save_checkpoint(tmp_path), device="cpu", dtype="bfloat16")
     assert lm.softmax_dtype == torch.float32 and lm.model.dtype == torch.bfloat16
