@@ -10,15 +10,16 @@ import os
 import random
 from pathlib import Path
 
+import lm_eval.tasks
 import numpy as np
 import yaml
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 
 from .errors import EvaluationError
 from .smoke import held_out_text, smoke_documents
 from .suites import RECALL, SUITES, TASKS
 
+_STOCK = Path(lm_eval.tasks.__file__).parent
 _SPLITS = ("training_split", "validation_split", "test_split")
 # Version 1 of the recall tasks is a Python class that takes no configuration: from local data it is a change of version 0.
 _STRIPPED = {
@@ -62,11 +63,11 @@ def task_files(manager: TaskManager, names: list[str], data: Path | None, folder
         if name in documents:
             file = _write(folder / "data" / f"{name}.jsonl", "".join(json.dumps(doc) + "\n" for doc in documents[name]))
             specs[name] = _write_task(folder, name, {"include": str(source), **_reading({"test": file}, folder)})
-        elif data is None or _makes_its_own_data(manager, name):
-            shipped = source is not None and source.parent == TASKS
-            specs[name] = _write_task(folder, name, {"include": str(source)}) if shipped else name
+        elif data is None or "custom_dataset" in (manager.task_index[name].cfg or {}):
+            stock = source is None or source.is_relative_to(_STOCK)
+            specs[name] = name if stock else _write_task(folder, name, {"include": str(source)})
         else:
-            specs[name] = _local_task(source, name, data, folder, fewshot, missing)
+            specs[name] = _local_task(manager.task_index, name, data, folder, fewshot, missing)
     if missing:
         layout = "(.jsonl or .parquet); eval/README.md has the layout"
         raise EvaluationError(f"--data lacks {', '.join(missing)} {layout}")
@@ -100,25 +101,20 @@ def _loads(manager: TaskManager, spec: str) -> bool:
     return True
 
 
-def _makes_its_own_data(manager: TaskManager, name: str) -> bool:
-    path = manager.task_index[name].yaml_path
-    return path is not None and "custom_dataset" in load_yaml(path, resolve_func=False)
-
-
-def _local_task(source: Path | None, name: str, data: Path, folder: Path, fewshot: bool, missing: list[str]) -> str:
+def _local_task(index: dict, name: str, data: Path, folder: Path, fewshot: bool, missing: list[str]) -> str:
     """Write the task file that reads `data/<task>/<split>`; note what is missing there."""
     base = name.removesuffix("_v0")
     stripped = base in RECALL and base == name
-    if source is None or (not stripped and "class" in load_yaml(source, resolve_func=False)):
+    entry = index[f"{name}_v0" if stripped else name]
+    if entry.kind.name != "TASK":
         raise EvaluationError(f"task {name!r} cannot read --data: a group, a tag or a Python class; name single tasks")
-    source = TASKS / f"{name}_v0.yaml" if stripped else source
-    config = load_yaml(source, resolve_func=False)
+    config = entry.cfg
     scored = config.get("test_split") or config["validation_split"]
     wanted = {scored, config.get("training_split")} - {None} if fewshot else {scored}
     files = _data_files(data / base, wanted)
     missing += [f"{base}/{split}" for split, file in files.items() if not file.is_file()]
     unused = {key: None for key in _SPLITS if config.get(key) and config[key] not in wanted}
-    override = {"include": str(source), **_reading(files, folder), **unused, **(_STRIPPED if stripped else {})}
+    override = {"include": str(entry.yaml_path), **_reading(files, folder), **unused, **(_STRIPPED if stripped else {})}
     return _write_task(folder, name, override, _STRIPPED_METRIC if stripped else "")
 
 

@@ -84,7 +84,7 @@ def test_the_papers_columns_are_metrics_of_their_tasks(quick_index):
     paper = load_paper()
     manager = task_manager([column["task"] for column in paper["columns"]] + ["piqa"])
     for column in paper["columns"]:
-        config = load_yaml(manager.task_index[column["task"]].yaml_path, resolve_func=False)
+        config = manager.task_index[column["task"]].cfg
         metrics = {metric["metric"]: metric.get("higher_is_better") for metric in config["metric_list"]}
         assert float(config["metadata"]["version"]) == column["version"], column
         name = column["metric"].removesuffix(",none")
@@ -179,6 +179,22 @@ def test_other_versions_and_examples_get_no_column():
     comparison = compare(results, load_paper())
     assert comparison["model"] == {"SWDE": 50.0}
     assert compare({"piqa": {"version": 2, "n_shot": 0, "metrics": {"acc,none": 0.5}}}, load_paper()) is None
+
+
+def test_groups_tags_and_classes_cannot_read_local_data(quick_index, local_data, tmp_path):
+    for name in ("ai2_arc", "ruler"):
+        with pytest.raises(EvaluationError, match=f"task '{name}' cannot read --data"):
+            task_files(task_manager([name]), [name], local_data, tmp_path / "files", fewshot=False)
+
+
+def test_tasks_of_ones_own_stand_in_the_plain_command(tmp_path, quick_index):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "mine.yaml").write_text("task: mine\noutput_type: loglikelihood\ndataset_path: json\ntest_split: test\n")
+    manager = task_manager(["mine", "piqa"], own)
+    specs = task_files(manager, ["mine", "piqa"], None, tmp_path / "files", fewshot=False)
+    assert specs == {"mine": str(tmp_path / "files/mine.yaml"), "piqa": "piqa"}
+    assert load_yaml(specs["mine"])["output_type"] == "loglikelihood"
 
 
 def test_unknown_tasks_get_similar_names(quick_index):

@@ -11,7 +11,13 @@ from deltanet import DeltaNetConfig
 # Fields that follow from the width, for models whose configuration needs more than the common names.
 _SHAPES = {
     "delta_net": lambda width: {"num_heads": 2},
-    "mamba2": lambda width: {"expand": 2, "head_dim": min(64, width), "num_heads": max(2, width // 32), "n_groups": 1},
+    "mamba2": lambda width: {
+        "expand": 2,
+        "head_dim": min(64, width),
+        "num_heads": max(2, width // 32),
+        "n_groups": 1,
+        "chunk_size": 64,
+    },
 }
 # Importing the configuration registers it with the Auto classes.
 _ALIASES = {"deltanet": DeltaNetConfig.model_type}
