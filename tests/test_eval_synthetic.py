@@ -266,6 +266,7 @@ def test_a_sweep_learns_writes_and_goes_on(tmp_path, monkeypatch):
     arguments += [*"--widths 32 64 --batch_size 64 --output_path".split(), str(tmp_path)]
     results = command.main(arguments)
     assert [run["best"] > 0.99 for run in results] == [True] * 4, [run["curve"] for run in results]
+    assert [run["scaled"] for run in results] == [pytest.approx((run["best"] - 1 / 7) * 7 / 6) for run in results]
     table = (tmp_path / "table.md").read_text()
     assert table.count("| memorization |") == 4 and (tmp_path / "memorization.png").stat().st_size > 5000
 

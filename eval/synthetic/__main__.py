@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     results = []
     for index, (name, model, width, rate, decay, seed) in enumerate(points):
         task = _task(name, args)
-        settings = _settings(task, name, model, width, rate, decay, seed)
+        settings = _settings(task, name, model, width, rate, decay, seed, args.device)
         file = args.output_path / "runs" / f"{name}-{_digest(settings)}.json"
         if not file.is_file():
             label = f"{index + 1}/{len(points)} {name} {model} width {width} rate {rate:.1e} decay {decay}"
@@ -100,7 +100,7 @@ def _task(name: str, args):
     )
 
 
-def _settings(task, name, model, width, rate, decay, seed) -> dict:
+def _settings(task, name, model, width, rate, decay, seed, device) -> dict:
     """All that a run depends on."""
     return {
         "task": name,
@@ -109,6 +109,7 @@ def _settings(task, name, model, width, rate, decay, seed) -> dict:
         "rate": rate,
         "decay": decay,
         "seed": seed,
+        "device": device.split(":")[0],
         "sizes": task.sizes,
         "test_sizes": task.test_sizes,
         "examples": task.examples,

@@ -19,7 +19,7 @@ class Task:
         examples, test_examples: how many are drawn.
         training: published settings where the source states them, and ours where it does not (`source` says which).
         model: published model sizes, arguments of `build_model`.
-        chance: accuracy of guessing.
+        chance: accuracy of guessing, where it is not one over the number of labels in use.
     """
 
     make: Callable
@@ -31,7 +31,7 @@ class Task:
     test_examples: int = 1280
     training: dict = field(default_factory=dict)
     model: dict = field(default_factory=dict)
-    chance: float = 0.0
+    chance: float | None = None
 
     def resized(self, **changes) -> "Task":
         """Another number of examples, epochs, a batch size or another field of `training` (those that are not `None`)."""
@@ -62,9 +62,7 @@ TASKS = {
         training=_ZOOLOGY,
         model={"width": 64, "layers": 2, "mlp": False, "dropout": 0.1, "tied": True, "deltanet": {"use_short_conv": False}},
     ),
-    "in_context_recall": Task(
-        recall_tasks.in_context_recall, 16, "MAD, baseline", training=_MAD, model=_MAD_MODEL, chance=1 / 8
-    ),
+    "in_context_recall": Task(recall_tasks.in_context_recall, 16, "MAD, baseline", training=_MAD, model=_MAD_MODEL),
     "noisy_recall": Task(
         recall_tasks.in_context_recall,
         32,
@@ -72,15 +70,10 @@ TASKS = {
         {"vocab": 32, "noise_vocab": 16, "noise": 0.2},
         training=_MAD,
         model=_MAD_MODEL,
-        chance=1 / 8,
     ),
-    "fuzzy_recall": Task(recall_tasks.fuzzy_recall, 16, "MAD, baseline", training=_MAD, model=_MAD_MODEL, chance=1 / 8),
-    "memorization": Task(
-        recall_tasks.memorization, 256, "MAD, baseline", examples=256, training=_MAD, model=_MAD_MODEL, chance=1 / 128
-    ),
-    "selective_copying": Task(
-        recall_tasks.selective_copying, 16, "MAD, baseline", training=_MAD, model=_MAD_MODEL, chance=1 / 14
-    ),
+    "fuzzy_recall": Task(recall_tasks.fuzzy_recall, 16, "MAD, baseline", training=_MAD, model=_MAD_MODEL),
+    "memorization": Task(recall_tasks.memorization, 256, "MAD, baseline", examples=256, training=_MAD, model=_MAD_MODEL),
+    "selective_copying": Task(recall_tasks.selective_copying, 16, "MAD, baseline", training=_MAD, model=_MAD_MODEL),
     "parity": Task(
         state_tracking.parity,
         3,
@@ -91,7 +84,6 @@ TASKS = {
         test_examples=8192,
         training=_PARITY,
         model=_STATE_MODEL,
-        chance=1 / 2,
     ),
     "modular_arithmetic": Task(
         state_tracking.modular_arithmetic,
@@ -103,7 +95,6 @@ TASKS = {
         test_examples=8192,
         training=_PARITY,
         model=_STATE_MODEL,
-        chance=1 / 5,
     ),
     "s3": Task(
         state_tracking.s3,
@@ -114,7 +105,6 @@ TASKS = {
         examples=100_000,
         training=_S3,
         model={**_STATE_MODEL, "layers": 1},
-        chance=1 / 6,
     ),
     "s3_swaps": Task(
         state_tracking.s3,

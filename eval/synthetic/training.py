@@ -36,11 +36,12 @@ def train(task: Task, data, model_text: str, width: int, rate: float, decay: flo
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay)
     curve = _fit(model, optimizer, data, task.training, rate, seed, device, label)
     best = max(accuracy for _, accuracy, _ in curve)
+    chance = task.chance or 1 / data[3][data[3] != IGNORE].unique().numel()
     return {
         "accuracy": curve[-1][1],
         "loss": curve[-1][2],
         "best": best,
-        "scaled": (best - task.chance) / (1 - task.chance),
+        "scaled": (best - chance) / (1 - chance),
         "curve": [(epoch, accuracy) for epoch, accuracy, _ in curve],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds": time.time() - began,
