@@ -1,9 +1,13 @@
 """Tiny checkpoints with a tokenizer, and a text, for the tests of the evaluation."""
 
+import argparse
 import random
+import shlex
 from pathlib import Path
 
 import pytest
+from lm_eval._cli.run import Run
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -49,3 +53,12 @@ def save_checkpoint(folder: Path, kind: str = "pure", tokenizer=None, **override
     tiny_model(kind, **fields).save_pretrained(folder)
     (tokenizer or tiny_tokenizer()).save_pretrained(folder)
     return str(folder)
+
+
+def read_command(command: str) -> EvaluatorConfig:
+    """What lm-eval's own command line makes of a printed command."""
+    parser = argparse.ArgumentParser()
+    Run(parser.add_subparsers())
+    program, *words = shlex.split(command)
+    assert program == "lm_eval"
+    return EvaluatorConfig.from_cli(parser.parse_args(["run", *words]))

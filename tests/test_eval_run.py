@@ -1,17 +1,13 @@
 """`python -m deltanet.eval`: one run of the smoke suite, what it writes, resuming, and the same through plain lm-eval."""
 
-import argparse
 import json
-import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
-from eval_checkpoints import english_like_text, no_environment_report, save_checkpoint  # noqa: F401
+from eval_checkpoints import english_like_text, no_environment_report, read_command, save_checkpoint  # noqa: F401
 from lm_eval import simple_evaluate
-from lm_eval._cli.run import Run
-from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
 
 from deltanet.eval import runner
@@ -74,10 +70,7 @@ def test_card_results_have_the_documented_form(smoke):
 
 
 def test_plain_lm_eval_gives_the_same_numbers(smoke):
-    words = shlex.split(smoke["results"]["command"])
-    parser = argparse.ArgumentParser()
-    Run(parser.add_subparsers())
-    config = EvaluatorConfig.from_cli(parser.parse_args(["run", *words[1:]]))
+    config = read_command(smoke["results"]["command"])
     plain = simple_evaluate(
         model=config.model,
         model_args=config.model_args,

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import lm_eval
 import pytest
 from datasets import Dataset
-from eval_checkpoints import english_like_text, no_environment_report, save_checkpoint  # noqa: F401
+from eval_checkpoints import english_like_text, no_environment_report, read_command, save_checkpoint  # noqa: F401
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -124,7 +124,9 @@ def test_paper_and_recall_suites_run_from_local_data(quick_index, local_data, tm
     versions = {name: result["version"] for name, result in recall["results"].items()}
     assert versions == {f"{name}_v0": 0 for name in RECALL} | {name: 1 for name in RECALL}
     assert recall["paper"]["columns"] == ["SWDE", "SQuAD", "FDA"]
-    assert "--include_path" in recall["command"] and '"max_gen_toks": 48' in recall["command"]
+    command = read_command(recall["command"])
+    assert command.gen_kwargs == {"until": ["\n"], "max_gen_toks": 48}
+    assert command.include_path == str(tmp_path / "recall/task_files")
 
 
 @pytest.mark.parametrize("name", RECALL)
@@ -214,7 +216,9 @@ def test_needle_prompts_have_the_lengths_asked_for(quick_index, tmp_path, monkey
     arguments = [model, "--suite", "ruler", "--lengths", "768", "1024", "--device", "cpu", "--batch_size", "4"]
     results = main([*arguments, "--gen_kwargs", "max_gen_toks=4", "--output_path", str(tmp_path / "out")])
     assert results["settings"]["max_length"] == 1024
-    assert '"max_seq_lengths": [768, 1024]' in results["command"]
+    command = read_command(results["command"])
+    assert command.metadata["max_seq_lengths"] == [768, 1024] and command.metadata["tokenizer"] == model
+    assert command.model_args["max_length"] == 1024
     for task in SUITES["ruler"].tasks:
         metrics = results["results"][task]["metrics"]
         assert 0 <= metrics["768,none"] <= 1 and 0 <= metrics["1024,none"] <= 1
