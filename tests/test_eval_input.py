@@ -84,7 +84,7 @@ def test_data_that_cannot_be_had(arguments, tmp_path):
     lines = ["task: absent_data", "dataset_path: json", "dataset_kwargs: {data_files: {test: /absent.jsonl}}"]
     (own / "absent.yaml").write_text("\n".join([*lines, "output_type: loglikelihood", "test_split: test", ""]))
     with pytest.raises(EvaluationError, match="'absent_data' cannot load its data: FileNotFoundError"):
-        main([arguments[0], "--tasks", "absent_data", "--include_path", str(own), "--device", "cpu"])
+        main([arguments[0], "--tasks", "absent_data", "--include_path", str(own), *arguments[5:]])
 
 
 def test_window_lengths(arguments):
