@@ -61,7 +61,7 @@ def evaluate_endings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[str]
 ) -> tuple[float, float, int]:
     """Accuracy by lm-eval, its standard error, and the number of questions."""
-    harness = _QuietLM(pretrained=model, tokenizer=tokenizer, batch_size=16, add_bos_token=False)
+    harness = _QuietLM(pretrained=model, tokenizer=tokenizer, batch_size=16, max_length=2048, add_bos_token=False)
     tasks = TaskManager(include_defaults=False)
     result = simple_evaluate(harness, tasks=[endings_task(documents)], task_manager=tasks, log_samples=False)
     scores = result["results"]["endings"]

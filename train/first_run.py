@@ -66,11 +66,11 @@ def main() -> int:
     try:
         train_or_reuse(arguments.output, Settings(steps=arguments.steps), arguments.retrain)
         status = report(arguments.output)
-    except FileExistsError as error:
+    except OSError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nStopped. Nothing is half-written; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print("\nStopped. Nothing is half-written; the same command goes on from here.", file=sys.stderr)
         return 130
     if status == 0:
         python = min(sys.executable, os.path.relpath(sys.executable), key=len)
@@ -93,22 +93,22 @@ def train_or_reuse(output: Path, settings: Settings, retrain: bool = False) -> N
     """Make sure that `output` holds the finished model of these settings.
 
     Raises:
-        FileExistsError: `output` holds something else, and `retrain` does not allow to replace it.
+        FileExistsError: `output` holds a model of other settings and `retrain` is false, or no first run made it.
     """
-    if output.exists() and not (output / SETTINGS_FILE).is_file():
-        raise FileExistsError(f"{output} exists and is no finished first run; choose another --output.")
-    if output.exists() and not retrain:
-        if _read_settings(output) != dataclasses.asdict(settings):
-            raise FileExistsError(f"{output} holds a model of other settings; --retrain replaces it.")
+    found = _read_settings(output) if output.exists() else None
+    if found is None or retrain:
+        train(output, settings)
+    elif found != dataclasses.asdict(settings):
+        raise FileExistsError(f"{output} holds a finished model of other settings; --retrain replaces it.")
+    else:
         print(f"{output} holds a finished model; it is used again (--retrain trains a new one).")
-        return
-    train(output, settings)
 
 
 def train(output: Path, settings: Settings) -> None:
     """Train, continuing an interrupted run of the same settings, and put model, tokenizer and settings into `output`."""
     torch.set_num_threads(min(torch.get_num_threads(), MOST_THREADS))
-    print("Training a first DeltaNet: about two minutes on two CPU cores. Ctrl-C stops it, the same command goes on.\n")
+    duration = "about two minutes on two cores" if settings == Settings() else "by settings of your own"
+    print(f"Training a first DeltaNet on the CPU: {duration}. Ctrl-C stops it, the same command goes on.\n")
     work = _work_directory(output, settings)
     chapters = shipped_chapters("train")
     print(f"    text       {sum(map(len, chapters)) / 1e6:.2f} MB, two novels by Jane Austen, {len(chapters)} chapters")
@@ -199,6 +199,8 @@ def _work_directory(output: Path, settings: Settings) -> Path:
 
 
 def _read_settings(folder: Path) -> dict:
+    if not (folder / SETTINGS_FILE).is_file():
+        raise FileExistsError(f"{folder} exists and was not made by a first run; move it away or choose another --output.")
     return json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
 
 

@@ -6,6 +6,7 @@ What a small model has learnt: a continuation, held-out bits per byte and a zero
 
 import argparse
 import importlib.util
+import sys
 import textwrap
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -54,8 +55,11 @@ def _endings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documen
     from .endings import CHANCE, evaluate_endings
 
     accuracy, error, questions = evaluate_endings(model, tokenizer, documents)
-    return f"{accuracy:.1%}    chance: {CHANCE:.0%} (± {error:.1%}; lm-eval, zero-shot: {questions} paragraphs, four endings each)"
+    return f"{accuracy:.1%}    chance: {CHANCE:.0%} (± {error:.1%}; lm-eval, zero-shot, {questions} paragraphs, 4 endings)"
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
