@@ -269,6 +269,20 @@ class TestRun:
             first_run.train_or_reuse(tmp_path / "model", TINY, retrain=True)
         assert (tmp_path / name / "thesis").exists()
 
+    @pytest.mark.parametrize(
+        ("error", "status", "message"),
+        [(KeyboardInterrupt(), 130, "Nothing is half-written"), (OSError("No space left"), 2, "No space left")],
+    )
+    def test_the_command_ends_in_words(self, tmp_path, monkeypatch, capsys, error, status, message):
+        def fail(*arguments):
+            raise error
+
+        monkeypatch.setattr(first_run, "quiet", lambda: None)
+        monkeypatch.setattr(first_run, "train", fail)
+        monkeypatch.setattr("sys.argv", ["first_run", "--output", str(tmp_path / "model")])
+        assert first_run.main() == status
+        assert message in capsys.readouterr().err
+
     def test_a_new_process_reloads_and_reports(self, tmp_path, short_text, capfd):
         pytest.importorskip("lm_eval")
         output = tmp_path / "model"

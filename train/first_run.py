@@ -70,7 +70,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nStopped. Nothing is half-written; the same command goes on from here.", file=sys.stderr)
+        print("\n\nStopped. Nothing is half-written; the same command goes on from here.", file=sys.stderr)
         return 130
     if status == 0:
         python = min(sys.executable, os.path.relpath(sys.executable), key=len)
@@ -153,12 +153,16 @@ def _fit(model: DeltaNetForCausalLM, blocks: TokenBlocks, work: Path, settings: 
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = Trainer(model, arguments, train_dataset=blocks, callbacks=[ProgressBar("    training")])
+    progress = ProgressBar("    training")
+    trainer = Trainer(model, arguments, train_dataset=blocks, callbacks=[progress])
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_checkpoint(work)
     if checkpoint is not None:
         print(f"    An earlier run was interrupted; going on from {checkpoint.name}.\n")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        progress.close()
 
 
 def _model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> DeltaNetForCausalLM:

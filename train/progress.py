@@ -25,4 +25,9 @@ class ProgressBar(TrainerCallback):
             self.bar.set_postfix_str(f"loss {float(logs['loss']):.2f}", refresh=False)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+        self.close()
+
+    def close(self):
+        """Leave the bar as it stands; also after an interruption, which no event announces."""
+        if self.bar is not None:
+            self.bar.close()
