@@ -1,5 +1,6 @@
 """The first run: shipped text, tokenizer, blocks, atomic results, bits per byte, the lm-eval task and the command itself."""
 
+import dataclasses
 import hashlib
 import json
 import lzma
@@ -185,7 +186,8 @@ class TestEndings:
             assert follows.index(True) == question["answer"] and sum(follows) == 1
             assert [len(choice.split()) for choice in question["choices"]] == [endings.ENDING_WORDS] * endings.CHOICES
             assert all(f" {choice}\n" in text + "\n" for choice in question["choices"])
-            assert 16 <= len(question["context"].split()) <= 64
+            words = len(question["context"].split())
+            assert endings.FEWEST_CONTEXT_WORDS <= words <= endings.MOST_CONTEXT_WORDS
 
     def test_answers_are_spread_and_the_seed_decides(self, endings):
         heldout = shipped_chapters("heldout")
@@ -243,7 +245,7 @@ class TestRun:
             _interrupt_at(patch, 3)
             with pytest.raises(KeyboardInterrupt):
                 first_run.train(tmp_path / "model", TINY)
-        first_run.train(tmp_path / "model", Settings(**{**TINY.__dict__, "seed": 1}))
+        first_run.train(tmp_path / "model", dataclasses.replace(TINY, seed=1))
         assert "going on" not in capsys.readouterr().out
 
     def test_a_finished_model_is_used_again(self, tmp_path, monkeypatch, short_text, capsys):
@@ -253,7 +255,7 @@ class TestRun:
         first_run.train_or_reuse(output, TINY)
         assert calls == [TINY]
         output.mkdir()
-        (output / "first_run.json").write_text(json.dumps(TINY.__dict__))
+        (output / "first_run.json").write_text(json.dumps(dataclasses.asdict(TINY)))
         first_run.train_or_reuse(output, TINY)
         assert calls == [TINY] and "used again" in capsys.readouterr().out
         with pytest.raises(FileExistsError, match="model of other settings; --retrain replaces it"):

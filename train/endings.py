@@ -11,8 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 CHOICES = 4
 CHANCE = 1 / CHOICES
 ENDING_WORDS = 8
-CONTEXT_WORDS = (16, 64)
-"""The fewest words that must stand before the ending, and the most that are shown."""
+FEWEST_CONTEXT_WORDS, MOST_CONTEXT_WORDS = 16, 64
 
 
 def cut_endings(documents: list[str], seed: int = 0) -> list[dict]:
@@ -23,7 +22,7 @@ def cut_endings(documents: list[str], seed: int = 0) -> list[dict]:
         the index of that one.
     """
     paragraphs = [paragraph.split() for document in documents for paragraph in document.split("\n\n")]
-    paragraphs = [words for words in paragraphs if len(words) >= CONTEXT_WORDS[0] + ENDING_WORDS]
+    paragraphs = [words for words in paragraphs if len(words) >= FEWEST_CONTEXT_WORDS + ENDING_WORDS]
     endings = [" ".join(words[-ENDING_WORDS:]) for words in paragraphs]
     draw = random.Random(seed)
     questions = []
@@ -31,7 +30,7 @@ def cut_endings(documents: list[str], seed: int = 0) -> list[dict]:
         choices = draw.sample([other for other in endings if other != ending], CHOICES - 1)
         answer = draw.randrange(CHOICES)
         choices.insert(answer, ending)
-        context = " ".join(words[:-ENDING_WORDS][-CONTEXT_WORDS[1] :])
+        context = " ".join(words[:-ENDING_WORDS][-MOST_CONTEXT_WORDS :])
         questions.append({"context": context, "choices": choices, "answer": answer})
     return questions
 

@@ -51,7 +51,7 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
 
 def _endings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> str:
     if importlib.util.find_spec("lm_eval") is None:
-        return "not scored, lm-eval is missing: pip install 'deltanet[eval]'"
+        return "not scored: lm-eval is missing (extra `eval`)"
     from .endings import CHANCE, evaluate_endings
 
     accuracy, error, questions = evaluate_endings(model, tokenizer, documents)
