@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deltanet.train import first_run
 from deltanet.train.bits_per_byte import bits_per_byte, compressed_bits_per_byte
 from deltanet.train.blocks import TokenBlocks, document_ids, token_stream
-from deltanet.train.finished import finished_directory, last_checkpoint
+from deltanet.train.finished import finished_directory, last_checkpoint, remove_directory
 from deltanet.train.first_run import Settings
 from deltanet.train.progress import ProgressBar
 from deltanet.train.text import DATA, shipped_chapters
@@ -124,6 +124,17 @@ class TestFinished:
             assert (path / "stale").exists()
         assert [p.name for p in tmp_path.iterdir()] == ["model"]
         assert [p.relative_to(path).as_posix() for p in sorted(path.rglob("*"))] == ["folder", "folder/file"]
+
+    def test_an_interrupted_removal_leaves_nothing_under_the_name(self, tmp_path, monkeypatch):
+        path = tmp_path / "work"
+        path.mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.rmtree", lambda path, ignore_errors=False: None)
+            remove_directory(path)
+        assert not path.exists()
+        with finished_directory(path):
+            pass
+        assert [p.name for p in tmp_path.iterdir()] == ["work"]
 
     def test_last_checkpoint_is_the_newest_whole_one(self, tmp_path):
         assert last_checkpoint(tmp_path / "missing") is None

@@ -32,12 +32,20 @@ def finished_directory(path: Path) -> Iterator[Path]:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def remove_directory(path: Path) -> None:
+    """Remove a directory; an interruption leaves nothing under its name, and the next `finished_directory` the rest."""
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    path.rename(partial)
+    shutil.rmtree(partial)
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole `checkpoint-N` of a Trainer in `folder`, if any.
 
     The Trainer writes `trainer_state.json` last: a checkpoint whose writing was interrupted has none that can be read.
     """
-    checkpoints = {int(path.name.rpartition("-")[2]): path for path in Path(folder).glob("checkpoint-*")}
+    checkpoints = {int(path.name.rpartition("-")[2]): path for path in Path(folder).glob("checkpoint-[0-9]*")}
     for _, checkpoint in sorted(checkpoints.items(), reverse=True):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 
 from .. import DeltaNetConfig, DeltaNetForCausalLM
 from .blocks import TokenBlocks, token_stream
-from .finished import finished_directory, last_checkpoint
+from .finished import finished_directory, last_checkpoint, remove_directory
 from .progress import ProgressBar
 from .quiet import quiet
 from .text import shipped_chapters
@@ -124,7 +123,7 @@ def train(output: Path, settings: Settings) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         _write_settings(folder, settings)
-    shutil.rmtree(work)
+    remove_directory(work)
     print(f"\nThe model is in {output}: safetensors, configuration and tokenizer.")
 
 
@@ -194,9 +193,7 @@ def _tokenizer(folder: Path, chapters: list[str], settings: Settings) -> PreTrai
 def _work_directory(output: Path, settings: Settings) -> Path:
     """The directory of checkpoints beside `output`; one of other settings is begun anew."""
     work = output.with_name(f"{output.name}.training")
-    if work.exists() and _read_settings(work) != dataclasses.asdict(settings):
-        shutil.rmtree(work)
-    if not work.exists():
+    if not work.exists() or _read_settings(work) != dataclasses.asdict(settings):
         with finished_directory(work) as partial:
             _write_settings(partial, settings)
     return work
