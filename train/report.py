@@ -9,6 +9,7 @@ import importlib.util
 import sys
 import textwrap
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .bits_per_byte import bits_per_byte, compressed_bits_per_byte
@@ -26,6 +27,8 @@ def main() -> None:
     if not arguments.prompt.strip():
         parser.error("--prompt is empty; allowed: at least one word.")
     quiet()
+    # The model is small: further threads bring little on free cores, and cost minutes on shared ones.
+    torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
 
