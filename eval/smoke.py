@@ -9,7 +9,7 @@ from .errors import EvaluationError
 SHIPPED_TEXT = Path(__file__).parent.parent / "train" / "data"
 _PASSAGE_WORDS = 60
 _CONTINUATION_WORDS = 12
-_CHOICES = 4
+CHOICES = 4
 _KEYS = ("harbour", "orchard", "lantern", "meadow", "chapel", "saddle", "ribbon", "kettle", "garden", "violin")
 
 
@@ -25,13 +25,13 @@ def held_out_text(data: Path | None) -> str:
 def smoke_documents(text: str) -> dict[str, list[dict]]:
     """Documents of each smoke task, by task name; every task type of lm-eval is among them."""
     passages = _passages(text)
-    if len(passages) < _CHOICES:
+    if len(passages) < CHOICES:
         found = f"the smoke text gives {len(passages)} passages of {_PASSAGE_WORDS} words"
-        raise EvaluationError(f"{found}; at least {_CHOICES} are needed")
+        raise EvaluationError(f"{found}; at least {CHOICES} are needed")
     return {
         "smoke_perplexity": [{"passage": " ".join(passages[i : i + 4])} for i in range(0, len(passages), 4)][:32],
         "smoke_last_word": _last_words(text)[:64],
-        "smoke_choice": _continuations(passages)[:64],
+        "smoke_choice": _continuations(passages)[:256],
         "smoke_needle": _needles(passages)[:32],
     }
 
@@ -69,8 +69,8 @@ def _continuations(passages: list[str]) -> list[dict]:
     endings = [" ".join(words[-_CONTINUATION_WORDS:]) for words in split]
     documents = []
     for index, words in enumerate(split):
-        label, step = index % _CHOICES, len(split) // _CHOICES
-        choices = [endings[(index + (place - label) * step) % len(split)] for place in range(_CHOICES)]
+        label, step = index % CHOICES, len(split) // CHOICES
+        choices = [endings[(index + (place - label) * step) % len(split)] for place in range(CHOICES)]
         documents.append({"context": " ".join(words[:-_CONTINUATION_WORDS]), "choices": choices, "label": label})
     return documents
 

@@ -179,42 +179,20 @@ class TestBitsPerByte:
         assert compressed_bits_per_byte(heldout) == pytest.approx(alone, rel=0.01)
 
 
-class TestEndings:
-    @pytest.fixture(scope="class")
-    def endings(self):
+class TestContinuations:
+    def test_lm_eval_scores_as_a_direct_computation(self, tokenizer, monkeypatch):
         pytest.importorskip("lm_eval")
-        from deltanet.train import endings
+        from deltanet.eval.smoke import smoke_documents
+        from deltanet.train import continuations
 
-        return endings
-
-    def test_the_answer_and_only_the_answer_continues_the_text(self, endings):
-        heldout = shipped_chapters("heldout")
-        text = "\n".join(heldout)
-        questions = endings.cut_endings(heldout)
-        assert len(questions) > 200
+        text, right = shipped_chapters("heldout")[0], 0
+        monkeypatch.setattr(continuations, "held_out_text", lambda data: text)
+        model, questions = tiny_model(vocab_size=300), smoke_documents(text)[continuations.TASK]
         for question in questions:
-            follows = [f"{question['context']} {choice}\n" in text + "\n" for choice in question["choices"]]
-            assert follows.index(True) == question["answer"] and sum(follows) == 1
-            assert [len(choice.split()) for choice in question["choices"]] == [endings.ENDING_WORDS] * endings.CHOICES
-            assert all(f" {choice}\n" in text + "\n" for choice in question["choices"])
-            words = len(question["context"].split())
-            assert endings.FEWEST_CONTEXT_WORDS <= words <= endings.MOST_CONTEXT_WORDS
-
-    def test_answers_are_spread_and_the_seed_decides(self, endings):
-        heldout = shipped_chapters("heldout")
-        questions = endings.cut_endings(heldout)
-        counts = [sum(question["answer"] == place for question in questions) for place in range(endings.CHOICES)]
-        assert min(counts) > len(questions) / endings.CHOICES * 0.6
-        assert questions == endings.cut_endings(heldout, seed=0) != endings.cut_endings(heldout, seed=1)
-
-    def test_lm_eval_scores_as_a_direct_computation(self, endings, tokenizer):
-        model, heldout = tiny_model(vocab_size=300), shipped_chapters("heldout")[:2]
-        right = 0
-        for question in endings.cut_endings(heldout):
             scores = [_log_likelihood(model, tokenizer, question["context"], " " + choice) for choice in question["choices"]]
-            right += scores.index(max(scores)) == question["answer"]
-        accuracy, error, count = endings.evaluate_endings(model, tokenizer, heldout)
-        assert (accuracy, count) == (pytest.approx(right / count), len(endings.cut_endings(heldout)))
+            right += scores.index(max(scores)) == question["label"]
+        accuracy, error, count = continuations.right_continuations(model, tokenizer)
+        assert (accuracy, count) == (pytest.approx(right / count), len(questions))
         assert error == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / (count - 1)))
 
 
@@ -306,6 +284,6 @@ class TestRun:
         model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
         bits = bits_per_byte(model, tokenizer, shipped_chapters("heldout"), settings.block_length)
         assert float(re.search(r"bits per byte +([\d.]+)", printed).group(1)) == pytest.approx(bits, abs=1e-3)
-        assert re.search(r"right endings +[\d.]+% +chance: 25%", printed)
+        assert re.search(r"continuations +[\d.]+% right +chance: 25%", printed)
         assert "    She had not expected to see him there, and" in printed
         assert "Warning" not in errors + printed and "Traceback" not in errors

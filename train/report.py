@@ -41,7 +41,7 @@ def main() -> None:
     bits = bits_per_byte(model, tokenizer, heldout, model.config.max_position_embeddings)
     print(f"    bits per byte     {bits:.3f}    xz: {compressed_bits_per_byte(heldout):.3f}; ", end="")
     print(f"xz that has read the training text: {compressed_bits_per_byte(heldout, known):.3f}; less is better", flush=True)
-    print(f"    right endings     {_endings(model, tokenizer, heldout)}")
+    print(f"    continuations     {_continuations(model, tokenizer)}")
 
 
 def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = 100) -> str:
@@ -52,13 +52,13 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def _endings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> str:
+def _continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     if importlib.util.find_spec("lm_eval") is None:
         return "not scored: lm-eval is missing (extra `eval`)"
-    from .endings import CHANCE, evaluate_endings
+    from .continuations import CHANCE, right_continuations
 
-    accuracy, error, questions = evaluate_endings(model, tokenizer, documents)
-    return f"{accuracy:.1%}    chance: {CHANCE:.0%} (± {error:.1%}; lm-eval, zero-shot, {questions} paragraphs, 4 endings)"
+    accuracy, error, questions = right_continuations(model, tokenizer)
+    return f"{accuracy:.1%} right    chance: {CHANCE:.0%} (± {error:.1%}; lm-eval, zero-shot, {questions} passages, 4 choices)"
 
 
 if __name__ == "__main__":
