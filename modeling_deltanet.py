@@ -13,6 +13,7 @@ Per token and head, with the state S [K, V], the mixer of every block computes
 """
 
 import re
+import shlex
 from functools import wraps
 
 import torch
@@ -129,9 +130,10 @@ def _refuse_layouts_of_2024(model: PreTrainedModel, info: dict) -> None:
     gates = [key for key, *_ in info["mismatched_keys"] if key.replace("gate_proj", "up_proj") in info["missing_keys"]]
     if norms or gates:
         what = f"norms named {min(norms)}" if norms else f"both halves of the SwiGLU in {min(gates)}"
+        command = CONVERSION_COMMAND.replace("SOURCE", shlex.quote(model.name_or_path))
         raise ValueError(
             f"The checkpoint {model.name_or_path} has a layout of 2024 ({what}). Rewrite it once, exactly, with "
-            f"`{CONVERSION_COMMAND}`, and load the result."
+            f"`{command}`, and load the result."
         )
 
 

@@ -224,7 +224,7 @@ def with_old_norms(tensors):
 def test_layouts_of_2024(tmp_path, auto_class, rewrite, options):
     write(tmp_path, rewrite(tensors_of("pure")))
     what = "both halves of the SwiGLU in .*layers.0.mlp.gate_proj" if rewrite is with_fused_gate else "norms named .*norm"
-    with pytest.raises(ValueError, match=f"layout of 2024 \\({what}.*`{COMMAND}`"):
+    with pytest.raises(ValueError, match=f"layout of 2024 \\({what}.*`{COMMAND.replace('SOURCE', str(tmp_path))}`"):
         auto_class.from_pretrained(tmp_path, **options)
 
 

@@ -211,7 +211,7 @@ def changed_revision(hub, published, folder):
     package = copy_package(folder / "changed")
     edit(package / "kernels/reference.py", "L2_EPS = 1e-6", "L2_EPS = 0.5")
     edit(package / "cache_deltanet.py", "def read(", "def recall(")
-    edit(package / "modeling_deltanet.py", "cache.read()", "cache.recall()")
+    edit(package / "mixer_deltanet.py", "cache.read(", "cache.recall(")
     files = {name: text.encode() for name, text in flattened_code(package).files.items()}
     hub.repositories[PUBLIC].commit("changed", {**hub.files(PUBLIC), **files}, "other maths")
     return "changed"
