@@ -17,7 +17,9 @@ from unittest import mock
 import torch
 
 PROCESSORS, SHARED_MEMORY = 132, 227 * 1024  # of an H100, and what one of its programs may have
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64"}
+POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
 
 
 class Plan(NamedTuple):
