@@ -1,7 +1,12 @@
-# The two commands of README.md, and what CI calls. Each makes the environment that it needs.
+# The two commands of README.md, and what CI calls. Each makes the environment that it needs, once.
 PYTHON ?= python3
 
-.PHONY: run test test-floor lint clean
+# Variables, because a comma would end an argument of $(call).
+RUN_EXTRAS := [train,eval]
+TEST_EXTRAS := [test]
+FLOOR_EXTRAS := [test-floor]
+
+.PHONY: run test test-floor clean
 
 run: .venv/ready
 	.venv/bin/python -m deltanet.train.first_run
@@ -9,30 +14,29 @@ run: .venv/ready
 test: .venv-test/ready
 	.venv-test/bin/python -m pytest tests
 
-test-floor: .venv-floor/ready
-	.venv-floor/bin/python -m pytest tests/test_configuration.py tests/test_cache.py tests/test_generation.py \
-	    tests/test_interoperability.py tests/test_modeling_features.py tests/test_modeling_options.py
+FLOOR_TESTS := bad_input cache configuration generation interoperability layout modeling_features modeling_options \
+    publish publish_contents publish_convert publish_flatten
 
-lint: .venv-test/ready
-	.venv-test/bin/python -m pip install -q ruff
-	.venv-test/bin/ruff check .
+test-floor: .venv-floor/ready
+	.venv-floor/bin/python -m pytest $(FLOOR_TESTS:%=tests/test_%.py)
 
 .venv/ready: setup.py constraints.txt
-	$(call environment,.venv,[train,eval],constraints.txt)
+	$(call environment,.venv,$(RUN_EXTRAS),constraints.txt)
 
 .venv-test/ready: setup.py constraints.txt
-	$(call environment,.venv-test,[test],constraints.txt)
+	$(call environment,.venv-test,$(TEST_EXTRAS),constraints.txt)
 
 .venv-floor/ready: setup.py constraints-floor.txt
-	$(call environment,.venv-floor,[test-floor],constraints-floor.txt)
+	$(call environment,.venv-floor,$(FLOOR_EXTRAS),constraints-floor.txt)
 
-# name, extras, constraints: torch alone first, so that nothing else chooses its version.
+# Folder, extras, constraints. torch comes first and alone, so that nothing else chooses its version.
 define environment
-	$(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install -q --upgrade pip
-	$(1)/bin/python -m pip install -q -c $(firstword $(3)) torch numpy
-	$(1)/bin/python -m pip install -q -c $(3) -e '.$(2)'
-	touch $@
+	@echo "Making the environment $(1), once; pip fetches PyTorch and Transformers, which takes minutes."
+	@$(PYTHON) -m venv $(1)
+	@$(1)/bin/python -m pip install -q --upgrade pip
+	@$(1)/bin/python -m pip install -q -c $(3) torch numpy
+	@$(1)/bin/python -m pip install -q -c $(3) -e '.$(2)'
+	@touch $@
 endef
 
 clean:

@@ -135,6 +135,13 @@ def _refuse_layouts_of_2024(model: PreTrainedModel, info: dict) -> None:
         )
 
 
+def _accept_name_on_disk(module: nn.Module, state_dict: dict, prefix: str, *_):
+    """The Trainer resumes by `load_state_dict` from a saved file, past the renaming of `from_pretrained`."""
+    saved = f"{prefix}embeddings.weight"
+    if saved in state_dict:
+        state_dict[f"{prefix}embed_tokens.weight"] = state_dict.pop(saved)
+
+
 class DeltaNetModel(DeltaNetPreTrainedModel):
     """The stack of blocks, from token ids or embeddings to normalised hidden states."""
 
@@ -144,6 +151,7 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         self.layers = nn.ModuleList([DeltaNetBlock(config, i) for i in range(config.num_hidden_layers)])
         self.norm = DeltaNetRMSNorm(config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
+        self.register_load_state_dict_pre_hook(_accept_name_on_disk)
         self.post_init()
 
     @accept_cache_name

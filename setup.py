@@ -7,13 +7,15 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 # `kernels` has no __init__.py: a package of that name on the path would hide Hugging Face's own `kernels`.
-PACKAGES = ["deltanet", "deltanet.kernels", "deltanet.eval", "deltanet.train", "deltanet.publish", "deltanet.benchmarks"]
+FOLDERS = ("kernels", "eval", "eval.synthetic", "train", "publish", "benchmarks")
+PACKAGES = ["deltanet", *(f"deltanet.{folder}" for folder in FOLDERS)]
 
-EVAL = ["lm-eval[hf]>=0.4.12", "accelerate>=1.10", "matplotlib>=3.8", "tqdm>=4.66"]
+EVAL = ["lm-eval[hf,ruler]>=0.4.13", "accelerate>=1.10", "matplotlib>=3.8", "tqdm>=4.66"]
 TRAIN = ["accelerate>=1.10", "tqdm>=4.66"]
 
 setup(
     name="deltanet",
+    script_name="setup.py",  # else a build includes this file
     version=re.search(r'__version__ = "(.+)"', (ROOT / "__init__.py").read_text()).group(1),
     description="DeltaNet, a linear transformer with the delta rule, for Hugging Face Transformers",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
@@ -25,7 +27,7 @@ setup(
     packages=PACKAGES,
     package_data={
         "deltanet.train": ["data/*"],
-        "deltanet.eval": ["tasks/*"],
+        "deltanet.eval": ["README.md", "tasks/*"],
         "deltanet.benchmarks": ["results/*"],
         "deltanet.kernels": ["README.md"],
     },
@@ -39,6 +41,7 @@ setup(
             *TRAIN,
             "peft>=0.17",
             "pytest>=8",
+            "setuptools>=77",
             # The interpreter of Triton 3.6 needs an older numpy.
             "numpy<2.4",
             "triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'",

@@ -115,7 +115,8 @@ def choose_span(plan: _Plan) -> int:
     programs = plan.sequences * plan.H * -(-plan.V // 64)
     if programs * (4 if plan.backward else 1) > processors(plan.device) // 2:
         return whole
-    wanted = -(-2 * processors(plan.device) // programs)
+    # As many as run at once, two on a multiprocessor: one more would wait for all of them.
+    wanted = max(1, 2 * processors(plan.device) // programs)
     return min(whole, max(_SHORTEST_SPAN, -(-plan.chunks_per_row // wanted)) * CHUNK)
 
 

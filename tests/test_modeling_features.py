@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from models import KINDS, WINDOW, tiny_model, token_ids
 from oracle import relative_error
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -250,6 +251,14 @@ def test_tied_weights(tmp_path, tied):
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("model_class", [DeltaNetModel, DeltaNetForCausalLM])
+def test_load_state_dict_accepts_a_saved_file(tmp_path, model_class):
+    model, other = (tiny_model(model_class=model_class, seed=seed) for seed in (0, 1))
+    model.save_pretrained(tmp_path)
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
 
 
 @pytest.mark.parametrize("tied", [False, True])

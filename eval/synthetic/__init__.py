@@ -1,0 +1,1 @@
+"""Synthetic tasks with training sweeps: `python -m deltanet.eval.synthetic` (see `eval/README.md`)."""

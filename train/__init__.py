@@ -1,0 +1,1 @@
+"""Training: the shipped text, tokenizers, datasets and the runs that use them."""
