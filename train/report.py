@@ -58,7 +58,7 @@ def _continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     from .continuations import CHANCE, right_continuations
 
     accuracy, error, questions = right_continuations(model, tokenizer)
-    return f"{accuracy:.1%} right    chance: {CHANCE:.0%} (± {error:.1%}; lm-eval, zero-shot, {questions} passages, 4 choices)"
+    return f"{accuracy:.1%} right    chance: {CHANCE:.0%} (± {error:.1%}; lm-eval, zero-shot, {questions} passages of 4)"
 
 
 if __name__ == "__main__":
