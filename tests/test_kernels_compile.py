@@ -23,10 +23,9 @@ def plan(dtype, size, shape, packed=False):
 PLANS = {
     **{f"bfloat16-{size}-{shape}": plan(HALF, size, shape) for size in (64, 128, 256) for shape in SHAPES},
     **{f"bfloat16-128-{shape}-packed": plan(HALF, 128, shape, True) for shape in PACKS},
-    **{f"bfloat16-{size}-wide-packed": plan(HALF, size, "wide", True) for size in (64, 256)},
+    "bfloat16-256-wide-packed": plan(HALF, 256, "wide", True),
     "float16-128-wide": plan(torch.float16, 128, "wide"),
     **{f"float32-{size}-wide": plan(FULL, size, "wide") for size in (64, 128)},
-    "float32-128-wide-packed": plan(FULL, 128, "wide", True),
 }
 
 # Bytes of stack that a thread may have: what ptxas 12.8 needs today, a quarter more and rounded up to 64, since any edit
