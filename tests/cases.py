@@ -16,14 +16,15 @@ class Case:
     """q, k, v in `dtype`, beta and initial states in float32, and random gradients of both results in their dtypes."""
 
     def __init__(
-        self, device, dtype, T, K=128, V=128, B=1, H=2, keys="silu", beta=None, bounds=None, l2=True, beta_dtype=None
-    ):
+        self, device, dtype, T, K=128, V=128, B=1, H=2, keys="silu", beta=None, bounds=None, l2=True, beta_dtype=None,
+        scale=None,
+    ):  # fmt: skip
         *qkv, b = tokens(B, T, H, K, V, keys, beta)
         sequences = B if bounds is None else len(bounds) - 1
         self.inputs = [*(x.to(device, dtype) for x in qkv), b.to(device, beta_dtype or torch.float32)]
         self.inputs.append(state(sequences, H, K, V).to(device))
         self.cu_seqlens = None if bounds is None else torch.tensor(bounds, device=device)
-        self.l2 = l2
+        self.l2, self.scale = l2, scale
         g = torch.Generator().manual_seed(2)
         self.gradients = [
             torch.randn(B, T, H, V, generator=g).to(device, dtype),
@@ -32,7 +33,7 @@ class Case:
 
     def call(self, rule, inputs):
         q, k, v, beta, h0 = inputs
-        return rule(q, k, v, beta, None, h0, True, self.l2, self.cu_seqlens)
+        return rule(q, k, v, beta, self.scale, h0, True, self.l2, self.cu_seqlens)
 
     def actual(self, rule=chunk_delta_rule):
         """o, final state and the gradients of q, k, v, beta and the initial state."""
@@ -47,13 +48,14 @@ class Case:
             return self._chunked(exact, gradients)
         exact = [x.requires_grad_() for x in exact]
         q, k, v, beta, h0 = exact
-        results = delta_rule_batched(q, k, v, beta, None, h0, self.l2, self.cu_seqlens)
+        results = delta_rule_batched(q, k, v, beta, self.scale, h0, self.l2, self.cu_seqlens)
         # A pack of empty sequences uses none of its tokens.
         gradients = torch.autograd.grad(results, exact, gradients, allow_unused=True, materialize_grads=True)
         return [*(x.detach() for x in results), *gradients]
 
     def _chunked(self, exact, gradients):
-        (q, k, v, beta, h0), scale = exact, exact[0].shape[-1] ** -0.5
+        q, k, v, beta, h0 = exact
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         o, final_state, *saved = chunk_forward(q, k, v, beta, scale, h0, True, self.l2, self.cu_seqlens)
         return [o, final_state, *chunk_backward(*gradients, q, k, v, beta, *saved, scale, h0, self.l2, self.cu_seqlens)]
 

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 
+import interpreted
 import pytest
 import torch
 from oracle import NAMES, assert_within, relative_errors
@@ -30,6 +31,18 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "interpreter: runs in Triton's interpreter, in a process of its own")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    if interpreted.ACTIVE or not pyfuncitem.get_closest_marker("interpreter"):
+        return None
+    interpreted.take_over(pyfuncitem)
+    return True
 
 
 @pytest.fixture

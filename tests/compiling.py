@@ -1,0 +1,146 @@
+"""What the chunk kernels become on a Hopper GPU, found out without one.
+
+A forward and a backward pass over meta tensors run the package's own host code, its kernels replaced by recorders; what
+they were given is then compiled for sm_90a, and the resources are read from the code that came out.
+"""
+
+import collections
+import contextlib
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+
+PROCESSORS, SHARED_MEMORY = 132, 227 * 1024  # of an H100, and what one of its programs may have
+POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """One call with gradients; sequences = 0 is a dense batch, otherwise a pack."""
+
+    dtype: torch.dtype
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    sequences: int = 0
+
+
+class Resources(NamedTuple):
+    """Registers of a thread, bytes of its stack (what did not fit in registers), bytes of shared memory of a program."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+class Launch(NamedTuple):
+    kernel: object
+    values: dict
+    options: dict
+
+    @property
+    def name(self) -> str:
+        marks = [name.lower() for name in ("STORE", "FORWARD", "REVERSE") if self.values.get(name)]
+        return "_".join([self.kernel.__name__, *marks, f"{self.values.get('BV', 0)}x{self.options.get('num_warps', 4)}"])
+
+    @property
+    def key(self) -> tuple:
+        """Equal for launches that one compiled kernel serves."""
+        dtypes = [x.dtype if isinstance(x, torch.Tensor) else None for x in self.values.values()]
+        return self.kernel.__name__, *dtypes, *self.constants.items(), *sorted(self.options.items())
+
+    @property
+    def constants(self) -> dict:
+        """What the code is compiled for: constexpr parameters, and pointers that are not given."""
+        constexpr = [parameter.name for parameter in self.kernel.params if parameter.is_constexpr]
+        return {name: x for name, x in self.values.items() if x is None or name in constexpr}
+
+
+class _Recorder:
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return self.record
+
+    def record(self, *arguments, **named):
+        names = self.kernel.arg_names
+        values = dict(zip(names, arguments)) | {name: x for name, x in named.items() if name in names}
+        options = {name: x for name, x in named.items() if name not in names}
+        self.launches.append(Launch(self.kernel, values, options))
+
+
+def launches(plan: Plan) -> list[Launch]:
+    """What a forward and a backward pass launch, with the L2 norm, an initial and a final state."""
+    from deltanet.kernels import chunk
+
+    found = []
+    with contextlib.ExitStack() as stack:
+        for name in [name for name in vars(chunk) if name.endswith("_kernel")]:
+            stack.enter_context(mock.patch.object(chunk, name, _Recorder(getattr(chunk, name), found)))
+        stack.enter_context(mock.patch.object(chunk, "processors", lambda _: PROCESSORS))
+        stack.enter_context(mock.patch.object(chunk, "shared_memory", lambda _: SHARED_MEMORY))
+        stack.enter_context(torch.device("meta"))
+        B, T, H = plan.B, plan.T, plan.H
+        q, v = torch.empty(B, T, H, plan.K, dtype=plan.dtype), torch.empty(B, T, H, plan.V, dtype=plan.dtype)
+        beta, h0 = torch.empty(B, T, H), torch.empty(plan.sequences or B, H, plan.K, plan.V)
+        bounds = torch.empty(plan.sequences + 1, dtype=torch.int64) if plan.sequences else None
+        _, _, tau, factors = chunk.chunk_forward(q, q, v, beta, 1.0, h0, True, True, bounds)
+        chunk.chunk_backward(v, h0, q, q, v, beta, tau, factors, 1.0, h0, True, bounds)
+    return list({launch.key: launch for launch in found}.values())
+
+
+def _source(launch: Launch):
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    for place, (name, x) in enumerate(launch.values.items()):
+        if name in launch.constants:
+            signature[name] = "constexpr"
+        elif isinstance(x, torch.Tensor):
+            signature[name], attributes[place,] = POINTERS[x.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if isinstance(x, float) else "i32"
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=launch.constants, attrs=attributes)
+
+
+def resources(launch: Launch) -> Resources:
+    """Compile for sm_90a with the assembler that Triton brings along."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.knobs import nvidia
+
+    compiled = triton.compile(_source(launch), target=GPUTarget("cuda", 90, 32), options=launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    return Resources(registers, stack, compiled.metadata.shared)
+
+
+def _compile(plan: Plan, index: int) -> Resources:
+    return resources(launches(plan)[index])  # kernels cannot be sent to another process, but are found again
+
+
+def compile_plans(plans: list[Plan], processes: int = 2) -> dict[Plan, dict[str, Resources]]:
+    """The resources of every launch of every plan; launches that share a kernel are compiled once."""
+    tasks, results = {}, collections.defaultdict(dict)
+    # A fork would take along the threads of this process.
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for plan in plans:
+            for index, launch in enumerate(launches(plan)):
+                if launch.key not in tasks:
+                    tasks[launch.key] = pool.submit(_compile, plan, index)
+                results[plan][launch.name] = tasks[launch.key]
+        return {plan: {name: task.result() for name, task in tasks.items()} for plan, tasks in results.items()}
