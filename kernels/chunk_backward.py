@@ -95,7 +95,12 @@ def gradient_kernel(
     b_dbeta /= tl.where(small, 1.0, beta)
     tl.store(dbeta + token + i * H, b_dbeta.to(dbeta.dtype.element_ty), mask=i < length)
     b_dP = tl.where(i[:, None] >= i[None, :], dP * rq[:, None], 0.0).to(dtype)
-    b_dL = tl.where(i[:, None] > i[None, :], dL, 0.0).to(dtype)
+    dL = tl.where(i[:, None] > i[None, :], dL, 0.0)
+    shrink = 1.0
+    if dtype == tl.float16:
+        # dL grows with r², which very short keys take out of range; z is brought to its scale and back.
+        shrink = tl.minimum(1.0, 1024.0 / tl.max(tl.max(tl.abs(dL), 1), 0))
+    b_dL = (dL * shrink).to(dtype)
 
     if not ONE_PASS:
         for tile in range(tiles):
@@ -121,8 +126,8 @@ def gradient_kernel(
             z = tl.dot(((r * beta)[:, None] * E).to(dtype), tl.trans(dS), z, input_precision=PRECISION)
             z = tl.dot((-factor[:, None] * slot).to(dtype), tl.trans(S), z, input_precision=PRECISION)
     z = tl.dot(tl.trans(b_dP), b_q, z, input_precision=PRECISION)
-    z = tl.dot(b_dL, b_k, z, input_precision=PRECISION)
-    z = tl.dot(tl.trans(b_dL), b_k, z, input_precision=PRECISION)
+    z = tl.dot(b_dL, b_k, z * shrink, input_precision=PRECISION)
+    z = tl.dot(tl.trans(b_dL), b_k, z, input_precision=PRECISION) / shrink
     if L2:
         x = b_k.to(tl.float32)
         z -= x * (tl.sum(x * z, 1) * r * r)[:, None]

@@ -2,7 +2,8 @@
 
 A key is what a compiled kernel depends on anyway: the kernel, the head sizes, the width of the dtype. T, B and H only
 choose between two columns, `wide` where sequences and heads alone fill the card and `narrow` where they do not.
-Measured on an H100 (README.md here). A card with less shared memory takes smaller tiles, which is untested, as is AMD.
+Measured on an H100 (README.md here). A card with less shared memory takes at most 32 columns and two stages, which is
+untested, as is AMD.
 """
 
 from typing import NamedTuple, Optional
@@ -40,7 +41,7 @@ _HALF = {
     "gradient": {64: _same(32, 4, 3), 128: _same(16, 4, 3), 256: _same(16, 4, 4)},
 }
 
-# For float32 inputs: tiles of twice the size, products in three tf32 passes.
+# For float32 inputs: tiles of twice the size, products in three tf32 passes. K = 256 is for the interpreter alone.
 _FULL = {
     "inverse": {size: _same(0, 4, 1) for size in (64, 128, 256)},
     "output": {64: _same(32, 4, 2), 128: _same(16, 4, 2), 256: _same(16, 8, 1)},
@@ -55,5 +56,5 @@ def launch(kernel: str, K: int, V: int, itemsize: int, narrow: bool, shared_memo
     table = (_FULL if itemsize == 4 else _HALF)[kernel]
     chosen = table[min(size for size in table if size >= K)][narrow]
     if shared_memory < _HOPPER:
-        chosen = chosen._replace(columns=min(chosen.columns, 32 if K <= 128 else 16), stages=1)
+        chosen = chosen._replace(columns=min(chosen.columns, 32), stages=min(chosen.stages, 2))
     return chosen._replace(columns=min(chosen.columns, max(16, 1 << (V - 1).bit_length())))

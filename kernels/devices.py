@@ -7,8 +7,9 @@ import os
 import torch
 from torch import Tensor
 
-# Without this much shared memory a program, keys of more than 128 do not fit; float32 of more than 128 fits nowhere.
-_LARGE_SHARED_MEMORY = 160 * 1024
+# Bytes of shared memory that a program must be able to have: 16-bit keys of more than 128 need all that Hopper gives,
+# float32 keys of more than 64 what an A100 does. float32 keys of more than 128 fit nowhere.
+_LONG_KEYS, _LONG_FLOAT32_KEYS = 227 * 1024, 160 * 1024
 
 
 def fused_kernels_refuse(device: torch.device, dtype: torch.dtype, K: int) -> str:
@@ -24,8 +25,9 @@ def fused_kernels_refuse(device: torch.device, dtype: torch.dtype, K: int) -> st
         return "float32 needs products that Triton has on NVIDIA GPUs only" if dtype == torch.float32 else ""
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the Triton kernels need an NVIDIA GPU of compute capability 8.0 or newer"
-    if K > 128 and shared_memory(device) < _LARGE_SHARED_MEMORY:
-        return "heads of more than 128 do not fit the shared memory of this GPU"
+    needed = _LONG_KEYS if K > 128 else _LONG_FLOAT32_KEYS if K > 64 and dtype == torch.float32 else 0
+    if shared_memory(device) < needed:
+        return f"{dtype} with heads of {K} does not fit the {shared_memory(device)} bytes of shared memory of this GPU"
     return ""
 
 

@@ -83,7 +83,7 @@ def test_adversarial_keys(dtype, keys, beta):
 
 
 @DTYPE
-@pytest.mark.parametrize("l2, length", [(False, 1.3), (True, 20.0), (True, 0.1)])
+@pytest.mark.parametrize("l2, length", [(False, 1.3), (True, 20.0), (True, 0.1), (True, 0.003)])
 def test_keys_of_another_length(dtype, l2, length):
     """Without the norm a key of length 1.3 is still stable; with it the length drops out, and the gradient scales."""
     one = case(dtype, 70, H=1, l2=l2)
