@@ -108,14 +108,20 @@ def check_values(q: Tensor, beta: Tensor, cu_seqlens: Optional[Tensor]) -> None:
         return
     if beta.isnan().any():
         raise ValueError("beta contains NaN")
-    if cu_seqlens is None:
+    if cu_seqlens is not None:
+        check_boundary_values(cu_seqlens, q.shape[1])
+
+
+def check_boundary_values(cu_seqlens: Tensor, T: int) -> None:
+    """Raise ValueError unless 0 = cu_seqlens[0] <= cu_seqlens[1] <= ... <= T, where values may be read."""
+    if not _reads_values(cu_seqlens):
         return
     if cu_seqlens[0] != 0:
         raise ValueError(f"cu_seqlens starts with {int(cu_seqlens[0])}; it must start with 0")
     if (cu_seqlens.diff() < 0).any():
         raise ValueError(f"cu_seqlens decreases: {cu_seqlens.tolist()[:16]}; it must be non-decreasing")
-    if cu_seqlens[-1] > q.shape[1]:
-        raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])}; there are {q.shape[1]} tokens")
+    if cu_seqlens[-1] > T:
+        raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])}; there are {T} tokens")
 
 
 def check_step_values(beta: Tensor, state: Tensor, state_indices: Optional[Tensor]) -> None:

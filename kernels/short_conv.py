@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_boundary_values
+
 
 class PaddingOrder(NamedTuple):
     """A permutation that puts padding first and keeps the order of the rest, for rows of W - 1 states and T tokens."""
@@ -60,7 +62,7 @@ def short_convolution(
         initial_state: [N, D, W - 1], the inputs before the first token.
         output_final_state: return the state after the last token of every sequence.
         cu_seqlens: [N + 1] int32 or int64, starts of the packed sequences, the first 0; B must be 1. No sequence sees
-            another. Tokens from cu_seqlens[-1] on give zero. Nothing here waits for the device.
+            another. Tokens from cu_seqlens[-1] on give zero. Values are checked as in `chunk_delta_rule`.
         padding_order: from `padding_order(mask, W)`. A padded token writes nothing: real tokens and the final state
             are as if padding were cut out of its row, and its output is zero.
 
@@ -92,6 +94,8 @@ def short_convolution(
 def _check(x, weight, activation, initial_state, cu_seqlens, padding_order) -> None:
     if x.dim() != 3 or 0 in x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, T, D], no dimension empty")
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}; it must be a floating-point dtype")
     if weight.dim() != 3 or weight.shape[:2] != (x.shape[2], 1):
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [D, 1, W] with D = {x.shape[2]}")
     _check_activation(activation)
@@ -119,6 +123,10 @@ def _check_packing(x: Tensor, cu_seqlens: Tensor) -> None:
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; it must be [N + 1] with N of 1 or more")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens is {cu_seqlens.dtype}; it may be torch.int32 or torch.int64")
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and x on {x.device}; they must be on one device")
+    if not torch.compiler.is_compiling():
+        check_boundary_values(cu_seqlens, x.shape[1])
 
 
 def _check_activation(activation: Optional[str]) -> None:

@@ -165,6 +165,19 @@ def test_recurrence_and_its_autograd(cu_seqlens):
     assert_close(actual, expected, 1e-12)
 
 
+def test_recurrence_leaves_an_unused_tail_zero_whatever_it_holds():
+    q, k, v, beta = tokens(1, 12, 1, 16, 16)
+    v[:, 9:] = float("nan")
+    o, _ = recurrent_delta_rule_reference(q, k, v, beta, cu_seqlens=torch.tensor([0, 9]))
+    assert o[:, :9].isfinite().all() and not o[:, 9:].any()
+
+
+def test_recurrence_scales_before_it_rounds():
+    inputs = tokens(1, 40, 2, 24, 24, dtype=torch.bfloat16)
+    expected = delta_rule(*inputs)[0]
+    assert relative_error(recurrent_delta_rule_reference(*inputs)[0], expected) < 1.9e-3
+
+
 @pytest.mark.parametrize("state_dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("indices", [None, [1, -1, 4], [-1, 0, -1], [-1, -1, -1]])
 def test_step(indices, state_dtype, limit):
