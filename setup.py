@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent
 FOLDERS = ("kernels", "eval", "eval.synthetic", "train", "publish", "benchmarks")
 PACKAGES = ["deltanet", *(f"deltanet.{folder}" for folder in FOLDERS)]
 
-EVAL = ["lm-eval[hf,ruler]>=0.4.13", "accelerate>=1.10", "matplotlib>=3.8", "tqdm>=4.66"]
+EVAL = ["lm-eval[hf,ruler]>=0.4.13", "accelerate>=1.10", "matplotlib>=3.8", "psutil>=5.9", "tqdm>=4.66"]
 TRAIN = ["accelerate>=1.10", "tqdm>=4.66"]
 
 setup(
