@@ -42,19 +42,19 @@ OF_ANY_SIZE = {"join": 64, "span": 192}
 
 
 @pytest.fixture(scope="module")
-def compiled(request, tmp_path_factory):
+def compiled_plans(request, tmp_path_factory):
     """Everything that the chosen tests look at, compiled side by side, into a cache that holds nothing yet."""
-    chosen = {item.callspec.params["name"] for item in request.session.items if "compiled" in item.fixturenames}
+    chosen = {item.callspec.params["name"] for item in request.session.items if "compiled_plans" in item.fixturenames}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         return compile_plans([PLANS[name] for name in sorted(chosen)])
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_resources(compiled, name):
+def test_resources(compiled_plans, name):
     of_plan = PLANS[name]
     bounds = STACK[of_plan.dtype, of_plan.K] | OF_ANY_SIZE
-    for kernel, used in compiled[of_plan].items():
+    for kernel, used in compiled_plans[of_plan].items():
         assert used.registers <= 255, f"{kernel}: {used}"
         assert used.shared <= SHARED_MEMORY, f"{kernel}: {used}"
         assert used.stack <= bounds[kernel.split("_")[0]], f"{kernel}: {used}"
