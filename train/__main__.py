@@ -9,17 +9,22 @@ again, with the losses of an uninterrupted one.
 """
 
 import argparse
+import dataclasses
 import sys
+import textwrap
 
 from .monitor import NotFinite
 from .quiet import quiet
-from .recipe import load_recipe
+from .recipe import Recipe, load_recipe
 from .run import train
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m deltanet.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m deltanet.train",
+        description=__doc__,
+        epilog=textwrap.fill("FIELD: " + ", ".join(spec.name for spec in dataclasses.fields(Recipe)), 100),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", metavar="RECIPE")
     arguments, rest = parser.parse_known_args()

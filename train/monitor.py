@@ -13,28 +13,26 @@ from .finished import last_checkpoint
 class StatusLine(TrainerCallback):
     """One line a log: step, loss, learning rate, tokens a second since the last line, time gone and time left."""
 
-    def __init__(self, tokens_per_step: int):
-        self.tokens_per_step = tokens_per_step
+    def __init__(self):
+        self.tokens = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.begin = self.last = (state.global_step, time.perf_counter())
+        self.begin = (state.global_step, time.perf_counter())
+        self.last = (self.tokens, self.begin[1])
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in (logs or {}):
             return
-        now = (state.global_step, time.perf_counter())
-        rate = self.tokens_per_step * _per_second(self.last, now)
-        left = (state.max_steps - state.global_step) / _per_second(self.begin, now)
-        gone, left = (datetime.timedelta(seconds=round(seconds)) for seconds in (now[1] - self.begin[1], left))
+        now = time.perf_counter()
+        rate = (self.tokens - self.last[0]) / (now - self.last[1])
+        self.last = (self.tokens, now)
+        gone = now - self.begin[1]
+        left = gone / (state.global_step - self.begin[0]) * (state.max_steps - state.global_step)
+        gone, left = (datetime.timedelta(seconds=round(seconds)) for seconds in (gone, left))
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         share = f"{state.global_step / state.max_steps:7.2%}"
         numbers = f"loss {float(logs['loss']):.4f} | lr {logs['learning_rate']:.2e} | {rate:,.0f} tokens/s"
         print(f"{step} {share} | {numbers} | {gone} gone, {left} left", flush=True)
-        self.last = now
-
-
-def _per_second(before: tuple[int, float], after: tuple[int, float]) -> float:
-    return (after[0] - before[0]) / (after[1] - before[1])
 
 
 class NotFinite(ArithmeticError):
@@ -42,20 +40,22 @@ class NotFinite(ArithmeticError):
 
 
 class GuardedTrainer(Trainer):
-    """A Trainer that raises `NotFinite` before a step whose loss or gradients are not finite changes the weights.
+    """A Trainer with a status line, which raises `NotFinite` before a loss or gradients that are not finite change the weights.
 
     Each batch says under "block" which blocks of the data it holds. The check waits for the device once a step.
     """
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
-        self.seen = []
+        self.seen, self.status = [], StatusLine()
         self.add_callback(_Guard(self.seen))
+        self.add_callback(self.status)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         blocks = inputs.pop("block")
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.seen.append((loss, blocks))
+        self.status.tokens += inputs["input_ids"].numel()
         return loss
 
 

@@ -37,9 +37,10 @@ class Recipe:
     learning_rate: float  # the highest
     output: str = ""  # directory of checkpoints and of the finished model; by default runs/NAME
     model: dict = field(default_factory=dict)  # fields of DeltaNetConfig
+    pretrained: str | None = None  # directory or Hub id of a model to fine-tune, instead of `model` and `hybrid`
     hybrid: str | None = None
     window: int = 2048  # of the sliding-window hybrid
-    packing: bool = False  # keep documents apart
+    packing: bool = False  # keep documents apart; a block then has at most `block_length` tokens
     block_length: int = 2048
     warmup_tokens: int = 0
     initial_learning_rate: float = 0.0
@@ -82,6 +83,8 @@ class Recipe:
         allowed = f"fields of DeltaNetConfig: {', '.join(sorted(_model_fields()))}"
         unknown = sorted(self.model.keys() - _model_fields())
         _require(not unknown, "model", ", ".join(unknown), allowed)
+        valid = self.pretrained is None or not (self.model or self.hybrid)
+        _require(valid, "pretrained", self.pretrained, "null where `model` or `hybrid` says what to train from scratch")
         try:
             self.config()
         except StrictDataclassError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 from transformers import (
+    AutoTokenizer,
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainingArguments,
@@ -16,10 +17,10 @@ from transformers import (
 
 from .. import DeltaNetForCausalLM
 from .finished import finished_directory, last_checkpoint, require_space
-from .monitor import GuardedTrainer, StatusLine
+from .monitor import GuardedTrainer
 from .prepare import prepare_shipped
 from .recipe import FREE_TO_CHANGE, SHIPPED, Recipe, load_recipe
-from .shards import PackedDocuments, ShardBlocks, TokenShards, collate_packs
+from .shards import PackedDocuments, ShardBlocks, TokenShards, collate_packs, tokenizer_checksum
 
 RECIPE_FILE = "recipe.yaml"
 MODEL = "model"
@@ -71,7 +72,7 @@ def train(recipe: Recipe) -> Path:
     trainer = _trainer(recipe, model, dataset)
     output.mkdir(parents=True, exist_ok=True)
     recipe.write(output / RECIPE_FILE)
-    _describe(recipe, model, len(shards), checkpoint)
+    _describe(recipe, model, dataset, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     with finished_directory(output / MODEL) as folder:
         model.save_pretrained(folder)
@@ -113,12 +114,22 @@ def _open_data(recipe: Recipe, begun: Recipe | None) -> TokenShards:
 
 def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> DeltaNetForCausalLM:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    if recipe.pretrained:
+        return _pretrained_model(recipe.pretrained, tokenizer)
     config = recipe.config(vocab_size=len(tokenizer), **{name: getattr(tokenizer, name) for name in names})
     if config.vocab_size < len(tokenizer):
         allowed = f"at least {len(tokenizer)}, the vocabulary of the data's tokenizer"
         raise ValueError(f"Recipe: `model.vocab_size` is {config.vocab_size}; allowed: {allowed}.")
     set_seed(recipe.seed)
     return DeltaNetForCausalLM(config)
+
+
+def _pretrained_model(name: str, tokenizer: PreTrainedTokenizerBase) -> DeltaNetForCausalLM:
+    found, expected = tokenizer_checksum(AutoTokenizer.from_pretrained(name)), tokenizer_checksum(tokenizer)
+    if found != expected:
+        allowed = f"{expected}, which made the data. Prepare them with --tokenizer {name}"
+        raise ValueError(f"`pretrained` {name} has a tokenizer of the checksum {found}; allowed: {allowed}.")
+    return DeltaNetForCausalLM.from_pretrained(name, dtype=torch.float32)
 
 
 def _trainer(recipe: Recipe, model: DeltaNetForCausalLM, dataset: Dataset) -> GuardedTrainer:
@@ -160,7 +171,6 @@ def _trainer(recipe: Recipe, model: DeltaNetForCausalLM, dataset: Dataset) -> Gu
     collate = _numbered(collate_packs if recipe.packing else default_data_collator)
     trainer = GuardedTrainer(model, arguments, train_dataset=dataset, data_collator=collate)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(StatusLine(recipe.batch_tokens))
     return trainer
 
 
@@ -174,9 +184,10 @@ def _numbered(collate: Callable[[list[dict]], dict]) -> Callable[[list[dict]], d
     return collate_numbered
 
 
-def _describe(recipe: Recipe, model: DeltaNetForCausalLM, tokens: int, checkpoint: Path | None) -> None:
+def _describe(recipe: Recipe, model: DeltaNetForCausalLM, dataset: WholeSteps, checkpoint: Path | None) -> None:
     print(f"model     {model.num_parameters() / 1e6:,.1f} million parameters, {model.config.num_hidden_layers} layers")
-    print(f"data      {tokens:,} tokens, read {recipe.tokens / tokens:.2f} times")
+    times = recipe.steps * recipe.blocks_per_step / len(dataset)
+    print(f"data      {len(dataset):,} blocks of at most {recipe.block_length} tokens, read {times:.2f} times")
     print(f"training  {recipe.steps:,} steps of {recipe.batch_tokens:,} tokens, in {recipe.output}")
     if checkpoint is not None:
         print(f"An earlier run was interrupted; going on from {checkpoint.name}.")
