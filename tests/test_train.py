@@ -1,4 +1,4 @@
-"""Training runs: their losses and learning rates, exact continuation, the guard, the status line and what is refused beforehand."""
+"""Training runs: losses, learning rates, exact continuation, the guard, the status line and what is refused beforehand."""
 
 import dataclasses
 import json

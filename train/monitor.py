@@ -40,7 +40,7 @@ class NotFinite(ArithmeticError):
 
 
 class GuardedTrainer(Trainer):
-    """A Trainer with a status line, which raises `NotFinite` before a loss or gradients that are not finite change the weights.
+    """A Trainer with a status line, which raises `NotFinite` before a loss or gradients that are not finite change weights.
 
     Each batch says under "block" which blocks of the data it holds. The check waits for the device once a step.
     """

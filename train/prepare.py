@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -177,7 +178,7 @@ def _tokenised(
             yield from _tokenise(batch)
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, _load_tokenizer, (tokenizer, dtype)) as pool:
+    with ProcessPoolExecutor(processes, spawn, _begin_worker, (tokenizer, dtype)) as pool:
         # A few batches ahead and no more: the source may be larger than memory.
         waiting = deque()
         try:
@@ -204,6 +205,17 @@ def _batches(documents: Iterable[tuple[str, float]]) -> Iterator[list[tuple[str,
 
 
 _worker: dict[str, Any] = {}
+
+
+def _begin_worker(path: Path, dtype: np.dtype) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _load_tokenizer(path, dtype)
+
+
+def _end_with_parent() -> None:
+    """A pool's workers would wait forever for a parent that was killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _load_tokenizer(path: Path, dtype: np.dtype) -> None:
