@@ -208,8 +208,8 @@ _worker: dict[str, Any] = {}
 
 
 def _begin_worker(path: Path, dtype: np.dtype) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     _load_tokenizer(path, dtype)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
