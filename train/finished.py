@@ -40,6 +40,26 @@ def remove_directory(path: Path) -> None:
     shutil.rmtree(partial)
 
 
+def write_whole(path: Path, data: bytes | memoryview) -> None:
+    """Write a file that appears under its name, or replaces the one that is there, only when it is whole and on disk."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_bytes(data)
+        _flush(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _flush(path.parent)
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Raise `OSError` unless the disk of `path` has room for `needed` bytes."""
+    folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"The disk of {folder} has {free / 1e9:.1f} GB free; about {needed / 1e9:.1f} GB are needed.")
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole `checkpoint-N` of a Trainer in `folder`, if any.
 
