@@ -11,7 +11,7 @@ FOLDERS = ("kernels", "eval", "eval.synthetic", "train", "publish", "benchmarks"
 PACKAGES = ["deltanet", *(f"deltanet.{folder}" for folder in FOLDERS)]
 
 EVAL = ["lm-eval[hf,ruler]>=0.4.13", "accelerate>=1.10", "matplotlib>=3.8", "psutil>=5.9", "tqdm>=4.66"]
-TRAIN = ["accelerate>=1.10", "tqdm>=4.66"]
+TRAIN = ["accelerate>=1.10", "datasets>=3", "pyyaml>=6", "tqdm>=4.66"]
 
 setup(
     name="deltanet",
@@ -26,7 +26,7 @@ setup(
     package_dir={"deltanet": "."},
     packages=PACKAGES,
     package_data={
-        "deltanet.train": ["data/*"],
+        "deltanet.train": ["data/*", "recipes/*"],
         "deltanet.eval": ["README.md", "tasks/*"],
         "deltanet.benchmarks": ["results/*"],
         "deltanet.kernels": ["README.md"],
