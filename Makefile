@@ -35,7 +35,7 @@ define environment
 	@$(PYTHON) -m venv $(1)
 	@$(1)/bin/python -m pip install -q --upgrade pip
 	@$(1)/bin/python -m pip install -q -c $(3) torch numpy
-	@$(1)/bin/python -m pip install -q -c $(3) -e '.$(2)'
+	@PYTHONWARNINGS=ignore $(1)/bin/python -m pip install -q -c $(3) -e '.$(2)'
 	@touch $@
 endef
 
