@@ -94,6 +94,7 @@ def load_tasks(manager: TaskManager, specs: dict[str, str], seeds: list[int]) ->
 
 
 def _loads(manager: TaskManager, spec: str) -> bool:
+    """Whether the task loads alone; used to name the one whose error is about to be reported."""
     try:
         manager.load([spec])
     except Exception:

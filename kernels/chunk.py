@@ -109,7 +109,8 @@ def _multiple_of_four(x: int) -> int:
 def choose_span(plan: _Plan) -> int:
     """Tokens of a span: the whole sequence, or a share of it where that would leave most of the card idle.
 
-    The backward runs two scans at once and would map spans in both directions: it is cut for half as many programs.
+    The backward runs two scans at once and would map spans in both directions: only a quarter as many programs make it
+    worth while.
     """
     whole = plan.chunks_per_row * CHUNK
     programs = plan.sequences * plan.H * -(-plan.V // 64)

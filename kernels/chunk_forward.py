@@ -77,7 +77,7 @@ def output_kernel(
         return
     i, ik, iv = tl.arange(0, C), tl.arange(0, KP), tile * BV + tl.arange(0, BV)
     dtype: tl.constexpr = k.dtype.element_ty
-    _, opens, closes = find_edges(n, start, stop, cu_seqlens, first_chunk, T, C)
+    _, _, closes = find_edges(n, start, stop, cu_seqlens, first_chunk, T, C)
     length = stop - start
     token = b * T + start
     q += (b * q_b + start * q_t.to(tl.int64) + h * q_h) * UNIT

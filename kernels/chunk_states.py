@@ -32,7 +32,7 @@ def _forward_scan(
     if (n >= 0) & (start < stop):
         i, ik = tl.arange(0, C), tl.arange(0, KP)
         dtype: tl.constexpr = k.dtype.element_ty
-        chunk0, opens, closes = find_edges(n, start, stop, cu_seqlens, first_chunk, T, C)
+        chunk0, _, _ = find_edges(n, start, stop, cu_seqlens, first_chunk, T, C)
         of_map = tile >= value_tiles
         iv = tl.where(of_map, tile - value_tiles, tile) * BV + tl.arange(0, BV)
         length = stop - start
@@ -105,7 +105,7 @@ def _reverse_scan(
     if (n >= 0) & (start < stop):
         i, ik, iv = tl.arange(0, C), tl.arange(0, KP), tile * BV + tl.arange(0, BV)
         dtype: tl.constexpr = k.dtype.element_ty
-        chunk0, opens, closes = find_edges(n, start, stop, cu_seqlens, first_chunk, T, C)
+        chunk0, opens, _ = find_edges(n, start, stop, cu_seqlens, first_chunk, T, C)
         length = stop - start
         token = b * T + start
         q += (b * q_b + start * q_t.to(tl.int64) + h * q_h) * UNIT

@@ -9,6 +9,8 @@ Glossary, the paper's symbols as they appear in every file of this folder:
     C          tokens of a chunk, 64            Q, K, V  a chunk's rows
     A          tril(diag(beta) K Kᵀ, -1)        Tinv     (I + A)⁻¹, the matrix T of the paper without its beta
     R, Vn      V - K S, and Tinv diag(beta) R: the values a chunk really writes
+    tau, E, W  of the Triton kernels: Tinv without its identity and its betas; errors, Vn = diag(beta) E; Vn over |k|
+    r, rq      1 / |k| and scale / |q| of a token
     h0, ht     initial and final state          do, dht  gradients of o and of the final state
 """
 

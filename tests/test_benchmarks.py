@@ -151,3 +151,27 @@ def test_worker_measures(kind, figure):
 def test_worker_compares_with_float64(sequences):
     row = gpu_worker.run({**task(70), "kind": "error", "sequences": sequences}, lambda: peers.load("ours"), "cpu")
     assert 0 < row["o"] < 1e-2 and all(0 < row[name] < 1.5e-2 for name in ("dq", "dk", "dv"))
+
+
+def test_the_plot_shows_what_was_measured(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    from deltanet.benchmarks.gpu_plots import draw, shapes
+
+    shape = {"part": "ops", "B": 1, "T": 64, "H": 2, "D": 128}
+    times = {"ours": {"forward": {"device_ms": 2.0}}, "fla": {"forward": {"device_ms": 5.0}}}
+    rows = [{**shape, "peer": peer, **figures, "forward_backward": {"device_ms": 9.0}} for peer, figures in times.items()]
+    rows.append({**shape, "D": 64, "peer": "ours", "forward": {"device_ms": 3.0}})
+    figure, axis = plt.subplots()
+    shapes(axis, rows, "forward")
+    assert {group.get_label(): [bar.get_width() for bar in group] for group in axis.containers} == {
+        "this package": [2.0, 3.0],
+        "flash-linear-attention": [5.0],
+    }
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["B1 T64 H2 D128", "B1 T64 H2 D64"]
+    plt.close(figure)
+    path = tmp_path / "figures.json"
+    path.write_text(json.dumps({"environment": {"device": "a card"}, "rows": rows}))
+    assert draw(path).stat().st_size > 10_000
+    path.write_text(json.dumps({"environment": {"device": "a card"}, "rows": [{"part": "ops", "error": "failed"}]}))
+    with pytest.raises(ValueError, match="has no times to draw"):
+        draw(path)
