@@ -64,9 +64,9 @@ def find_edges(sequence, start, stop, cu_seqlens, first_chunk, T, C: tl.constexp
         return chunk.to(tl.int64), start == opening, stop == closing
 
 
-@triton.jit(do_not_specialize=["T", "N", "chunks", "spans", "span", "width"])
+@triton.jit(do_not_specialize=["T", "N", "chunks", "spans", "span", "width", "blocks"])
 def span_table_kernel(
-    cu_seqlens, table, first, T, N, chunks, spans, span, width, C: tl.constexpr, BLOCK: tl.constexpr
+    cu_seqlens, table, first, T, N, chunks, spans, span, width, blocks, C: tl.constexpr, BLOCK: tl.constexpr
 ):
     """For packed sequences, two tables in one: rows [0, chunks) cut every sequence into chunks, the next `spans` rows
     into spans of `span` tokens, always from the sequence's own start.
@@ -75,11 +75,12 @@ def span_table_kernel(
     hold no token end where they start. first [2, width]: first[0, n] is the first chunk of sequence n, first[1, n] its
     first span; n = N closes the list.
     """
-    of_spans = tl.program_id(1)
+    of_spans = tl.program_id(0) // blocks
+    part = tl.program_id(0) % blocks
     rows = tl.where(of_spans == 1, spans, chunks)
     size = tl.where(of_spans == 1, span, C)
     first += of_spans * width
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = part * BLOCK + tl.arange(0, BLOCK)
     sequence = tl.zeros([BLOCK], tl.int32)
     opened = tl.zeros([BLOCK], tl.int32)
     total = 0
@@ -89,13 +90,13 @@ def span_table_kernel(
         hi = tl.load(cu_seqlens + n + 1, mask=n < N, other=0).to(tl.int32)
         count = (hi - lo + size - 1) // size
         ends = total + tl.cumsum(count, 0)
-        if tl.program_id(0) == 0:
+        if part == 0:
             tl.store(first + n, ends - count, mask=n < N)
         passed = (ends[None, :] <= i[:, None]) & (n < N)[None, :]  # [row, n]
         sequence += tl.sum(passed.to(tl.int32), 1)
         opened = tl.maximum(opened, tl.max(tl.where(passed, ends[None, :], 0), 1))
         total += tl.sum(count, 0)
-    if tl.program_id(0) == 0:
+    if part == 0:
         tl.store(first + N, total)
     start = tl.load(cu_seqlens + sequence).to(tl.int32) + (i - opened) * size
     tail = sequence == N
@@ -109,12 +110,13 @@ def span_table_kernel(
 
 
 @triton.jit
-def _merge(tau, L, b, i, m: tl.constexpr):
-    """Blocks of m rows, each with its own tau, to blocks of 2 m; `b` is -beta."""
-    between = (i[:, None] // m != i[None, :] // m) & (i[:, None] // (2 * m) == i[None, :] // (2 * m))
+def _merge(tau, L, above, left, row, column, m: tl.constexpr):
+    """Blocks of m rows, each with its own tau, to blocks of 2 m; `above` and `left` are -beta of the row and of the column,
+    `row` and `column` where an entry is, in one matrix or in each of a batch."""
+    between = (row // m != column // m) & (row // (2 * m) == column // (2 * m))
     x = tl.where(between, L, 0.0)
-    y = tl.dot(x, b[:, None] * tau, x.to(tl.float32), input_precision="tf32x3")
-    return tau + tl.dot(tau * b[None, :], y.to(L.dtype), y, input_precision="tf32x3").to(L.dtype)
+    y = tl.dot(x, above * tau, x.to(tl.float32), input_precision="tf32x3")
+    return tau + tl.dot(tau * left, y.to(L.dtype), y, input_precision="tf32x3").to(L.dtype)
 
 
 @triton.jit
@@ -124,11 +126,21 @@ def resolvent(L, beta, i):
     tau carries no factor beta of its own row or column, so a vanishing beta loses nothing. Two blocks merge into one by
     (I - tau beta) L (I - beta tau) with the L between them: as accurate as substitution, and all of it is tensor-core
     work. An entry is computed once, so that float16 rounds it once. Power series of L lose every digit on similar keys.
+
+    Up to 16 rows the blocks on the diagonal are a batch of four matrices: each warp merges its own in registers.
     """
-    tau = tl.where(i[:, None] // 2 == i[None, :] // 2, L, 0.0)
     b = -beta.to(L.dtype)
-    for level in tl.static_range(1, 6):
-        tau = _merge(tau, L, b, i, 1 << level)
+    four, j = tl.arange(0, 4), tl.arange(0, 16)
+    diagonal = (four[:, None] == four[None, :])[:, None, :, None]
+    blocks = tl.sum(tl.where(diagonal, tl.reshape(L, [4, 16, 4, 16]), 0.0), 2)
+    row, column = j[None, :, None], j[None, None, :]
+    small = tl.where(row // 2 == column // 2, blocks, 0.0)
+    b_blocks = tl.reshape(b, [4, 16])
+    for level in tl.static_range(1, 4):
+        small = _merge(small, blocks, b_blocks[:, :, None], b_blocks[:, None, :], row, column, 1 << level)
+    tau = tl.reshape(tl.where(diagonal, small[:, :, None, :], 0.0), [64, 64])
+    for level in tl.static_range(4, 6):
+        tau = _merge(tau, L, b[:, None], b[None, :], i[:, None], i[None, :], 1 << level)
     return tau
 
 
@@ -183,8 +195,7 @@ def inverse_kernel(
 
     k += (b * k_b + start * k_t.to(tl.int64) + h * k_h) * UNIT
     ik = tl.arange(0, KP)
-    mask = (i < length)[:, None] & (ik < K)[None, :]
-    b_k = tl.load(k + i[:, None] * (k_t * UNIT) + ik[None, :], mask=mask, other=0.0)  # [C, K]
+    b_k = load_rows(k, tl.minimum(i, length - 1), k_t * UNIT, ik, K, KP != K)  # [C, K]
     beta += b * beta_b + start * beta_t.to(tl.int64) + h * beta_h
     b_beta = tl.load(beta + i * beta_t, mask=i < length, other=0.0).to(tl.float32)
 
