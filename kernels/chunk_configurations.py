@@ -41,6 +41,11 @@ _HALF = {
     "gradient": {64: _same(32, 4, 3), 128: _same(16, 4, 3), 256: _same(16, 4, 4)},
 }
 
+# The Gluon kernels for Hopper take 16-bit keys of 33 to 128.
+_GLUON = {
+    kernel: {size: (Launch(64, 4, 2), Launch(32, 4, 2)) for size in (64, 128)} for kernel in ("output", "scan")
+}
+
 # For float32 inputs: tiles of twice the size, products in three tf32 passes. K = 256 is for the interpreter alone.
 _FULL = {
     "inverse": {size: _same(0, 4, 1) for size in (64, 128, 256)},
@@ -50,10 +55,14 @@ _FULL = {
 }
 
 
-def launch(kernel: str, K: int, V: int, itemsize: int, narrow: bool, shared_memory: int) -> Launch:
-    """The launch of a kernel ("inverse", "output", "scan" or "gradient") for head sizes K and V, and inputs of `itemsize`
-    bytes, on a card whose programs may have `shared_memory` bytes."""
+def launch(
+    kernel: str, K: int, V: int, itemsize: int, narrow: bool, shared_memory: int, gluon: bool = False
+) -> Launch:
+    """The launch of a kernel ("inverse", "output", "scan" or "gradient", the second and third perhaps in their Gluon
+    form) for head sizes K and V, and inputs of `itemsize` bytes, on a card whose programs may have `shared_memory` bytes."""
     table = (_FULL if itemsize == 4 else _HALF)[kernel]
+    if gluon:
+        table = _GLUON.get(kernel, table)
     chosen = table[min(size for size in table if size >= K)][narrow]
     if shared_memory < _HOPPER:
         chosen = chosen._replace(columns=min(chosen.columns, 32), stages=min(chosen.stages, 2))

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -49,3 +50,21 @@ def shared_memory(device: torch.device) -> int:
         return 1 << 20
     properties = torch.cuda.get_device_properties(device)
     return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
+@functools.cache
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether the kernels for Hopper run: compute capability 9, and the Triton whose Gluon they are written in."""
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    return triton_version() == (3, 6)
+
+
+@functools.cache
+def triton_version() -> Optional[tuple[int, ...]]:
+    """Major and minor version of Triton, None where it is not installed."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
