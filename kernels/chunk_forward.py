@@ -36,6 +36,8 @@ def output_kernel(
     o,
     initial,
     final,
+    states,
+    errors,
     table,
     cu_seqlens,
     first_chunk,
@@ -66,7 +68,8 @@ def output_kernel(
 ):
     """One span, head and tile of value columns: o, the factor rq of each token, and the final state.
 
-    `initial` holds a state for every span (SPLIT) or every sequence, or is None; `final` may be None.
+    `initial` holds a state for every span (SPLIT) or every sequence, or is None; `final` may be None, and so may `states`
+    and `errors`, which keep for the backward what its scan would compute again: S of every chunk and E of every token.
     """
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile = tl.program_id(0) % tiles
@@ -77,13 +80,14 @@ def output_kernel(
         return
     i, ik, iv = tl.arange(0, C), tl.arange(0, KP), tile * BV + tl.arange(0, BV)
     dtype: tl.constexpr = k.dtype.element_ty
-    _, _, closes = find_edges(n, start, stop, cu_seqlens, first_chunk, T, C)
+    chunk0, _, closes = find_edges(n, start, stop, cu_seqlens, first_chunk, T, C)
     length = stop - start
     token = b * T + start
     q += (b * q_b + start * q_t.to(tl.int64) + h * q_h) * UNIT
     k += (b * k_b + start * k_t.to(tl.int64) + h * k_h) * UNIT
     v += (b * v_b + start * v_t.to(tl.int64) + h * v_h) * UNIT
-    o += (token * H + h) * V
+    token_errors = (token * H + h) * V
+    o += token_errors
     tau += (token * H + h) * C
     factors += (b * H + h) * T + start
     plane = tl.cast(BH, tl.int64) * T
@@ -116,6 +120,9 @@ def output_kernel(
         b_S = S.to(dtype)
         X = b_v - r[:, None] * tl.dot(b_k, b_S, input_precision=PRECISION)  # [C, BV]
         E = X - tl.dot(b_tau, (beta[:, None] * X).to(dtype), input_precision=PRECISION)
+        if states is not None:
+            tl.store(states + ((chunk0 + chunk) * H + h) * size + state, b_S, mask=state_mask)
+            store_rows(errors + token_errors + first * (H * V), E, i, left, H * V, iv, V, V % BV != 0)
         W = ((r * beta)[:, None] * E).to(dtype)
         P = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         P = tl.where(causal, P * rq[:, None], 0.0)  # [C, C]

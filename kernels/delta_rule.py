@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_inputs, check_step, check_step_values, check_values
-from .devices import fused_kernels_refuse
+from .devices import fused_kernels_refuse, triton_version
 from .reference import CHUNK, chunk_backward, chunk_forward, compute_dtype, recurrent_forward, step_forward
 
 NAMESPACE = "deltanet"
@@ -45,6 +45,7 @@ def chunk_delta_rule(
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Optional[Tensor] = None,
+    keep_states: bool = False,
 ) -> tuple[Tensor, Optional[Tensor]]:
     """The delta rule over whole sequences, parallel inside chunks of 64 tokens (arXiv 2406.06484, equations 8 to 11).
 
@@ -58,6 +59,8 @@ def chunk_delta_rule(
         use_qk_l2norm_in_kernel: divide q and k by sqrt(sum of squares + 1e-6), in float32.
         cu_seqlens: [N + 1] int32 or int64, bounds of the packed sequences, the first 0; B must be 1. Sequences may be
             empty. Tokens from cu_seqlens[-1] on belong to no sequence: their output and gradients are zero.
+        keep_states: let the fused kernels save what their backward otherwise computes again, the state of every chunk and
+            the error of every token: K V / 32 + 2 V bytes more a token and head in 16 bits. Results are the same.
 
     Returns:
         o [B, T, H, V] in the dtype of v, and the final state [N, H, K, V] in the dtype of `initial_state`, or None.
@@ -71,7 +74,7 @@ def chunk_delta_rule(
     """
     check_inputs(q, k, v, beta, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    arguments = (q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
+    arguments = (q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, keep_states)
     o, final_state, *_ = _chunk_op(*arguments)
     return o, final_state if output_final_state else None
 
@@ -93,7 +96,7 @@ def recurrent_delta_rule(
     """
     check_inputs(q, k, v, beta, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    arguments = (q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
+    arguments = (q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, False)
     o, final_state, *_ = _recurrent_op(*arguments)
     return o, final_state if output_final_state else None
 
@@ -136,21 +139,27 @@ class Implementation(NamedTuple):
     forward: Callable
     backward: Callable
     step: Callable
-    saved: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """q -> uninitialised tensors like the third and fourth result of `forward`, which `backward` is given."""
+    saved: Callable
+    """(q, v, cu_seqlens, keep_states) -> uninitialised tensors like what `forward` returns for `backward`, four at most."""
+    keeps_states: bool = False
+    """Whether `forward` takes `keep_states`, and `backward` what was kept."""
 
 
-def _saved_by_torch(q: Tensor) -> tuple[Tensor, Tensor]:
+def _saved_by_torch(q: Tensor, *_) -> tuple[Tensor, ...]:
     dtype = compute_dtype(q.dtype)
     return q.new_empty((*q.shape[:3], CHUNK), dtype=dtype), q.new_empty(0, dtype=dtype)
 
 
-def _saved_by_triton(q: Tensor) -> tuple[Tensor, Tensor]:
-    B, T, H, _ = q.shape
-    return q.new_empty((B, T, H, CHUNK)), q.new_empty((3, B, H, T), dtype=torch.float32)
+def _saved_by_triton(q: Tensor, v: Tensor, cu_seqlens: Optional[Tensor], keep_states: bool) -> tuple[Tensor, ...]:
+    from .chunk import count_chunks
+
+    B, T, H, K = q.shape
+    states = (count_chunks(B, T, cu_seqlens), H, K, v.shape[3])
+    kept = (states, v.shape) if keep_states else (0, 0)
+    return q.new_empty((B, T, H, CHUNK)), q.new_empty((3, B, H, T), dtype=torch.float32), *map(q.new_empty, kept)
 
 
-def _saved_by_recurrence(q: Tensor) -> tuple[Tensor, Tensor]:
+def _saved_by_recurrence(q: Tensor, *_) -> tuple[Tensor, ...]:
     dtype = compute_dtype(q.dtype)
     return q.new_empty(0, dtype=dtype), q.new_empty(0, dtype=dtype)
 
@@ -162,12 +171,9 @@ _RECURRENT = Implementation("recurrent", recurrent_forward, chunk_backward, step
 @functools.cache
 def _triton_implementations() -> tuple[Optional[tuple[Implementation, Implementation]], str]:
     """The chunked and the recurrent form in Triton, or None and why there are none."""
-    try:
-        import triton
-    except ImportError:
-        return None, "Triton is not installed"
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
-        return None, f"Triton {triton.__version__} is older than 3.6"
+    version = triton_version()
+    if version is None or version < (3, 6):
+        return None, "Triton 3.6 or newer is not installed"
     try:
         from .chunk import chunk_backward as backward
         from .chunk import chunk_forward as forward
@@ -175,7 +181,7 @@ def _triton_implementations() -> tuple[Optional[tuple[Implementation, Implementa
         from .recurrent import step_forward as step
     except ImportError as error:
         return None, f"the Triton kernels cannot be imported ({error})"
-    chunked = Implementation("triton", forward, backward, step, _saved_by_triton)
+    chunked = Implementation("triton", forward, backward, step, _saved_by_triton, keeps_states=True)
     return (chunked, Implementation("triton recurrent", recurrence, backward, step, _saved_by_recurrence)), ""
 
 
@@ -231,82 +237,113 @@ def _registered(name: str):
     return getattr(namespace, name).default if hasattr(namespace, name) else None
 
 
+# Defined here by schema and not by `torch.library.custom_op`, whose dispatch costs twice as much of the host's time.
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_FORWARD = (
+    "(Tensor q, Tensor k, Tensor v, Tensor beta, float scale, Tensor? initial_state, bool output_final_state, "
+    "bool use_l2, Tensor? cu_seqlens, bool keep_states) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_BACKWARD = (
+    "(Tensor do, Tensor? dht, Tensor q, Tensor k, Tensor v, Tensor beta, Tensor Tinv, Tensor factors, Tensor states, "
+    "Tensor errors, float scale, Tensor? initial_state, bool use_l2, Tensor? cu_seqlens) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
 def _define(name: str, choose: Callable[[Tensor], Implementation]):
     """Register the operator `name` and its gradient, each running what `choose` picks for q."""
     if _registered(name):
         return _registered(name)
 
-    @torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        scale: float,
-        initial_state: Optional[Tensor],
-        output_final_state: bool,
-        use_l2: bool,
-        cu_seqlens: Optional[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens, keep_states):
         check_values(q, beta, cu_seqlens)
-        run = choose(q).forward
+        chosen = choose(q)
+        keep = (keep_states,) if chosen.keeps_states else ()
+        arguments = (q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens, *keep)
         with _own_precision(q):
-            return run(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens)
+            return _six(q, chosen.forward(*arguments))
 
-    @forward.register_fake
-    def _(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens):
+    def fake_forward(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens, keep_states):
         sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         shape = (sequences, q.shape[2], q.shape[3], v.shape[3]) if output_final_state else (0,)
         final_state = q.new_empty(shape, dtype=compute_dtype(q.dtype))
-        return v.new_empty(v.shape), final_state, *choose(q).saved(q)
+        return _six(q, (v.new_empty(v.shape), final_state, *choose(q).saved(q, v, cu_seqlens, keep_states)))
 
-    @torch.library.custom_op(f"{NAMESPACE}::{name}_backward", mutates_args=())
     def backward(
-        do: Tensor,
-        dht: Optional[Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        Tinv: Tensor,
-        factors: Tensor,
-        scale: float,
-        initial_state: Optional[Tensor],
-        use_l2: bool,
-        cu_seqlens: Optional[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        do, dht, q, k, v, beta, Tinv, factors, states, errors, scale, initial_state, use_l2, cu_seqlens
+    ):  # fmt: skip
         # What was saved tells whose it is, whatever the environment says by now.
         run = _triton_implementations()[0][0] if factors.numel() else _TORCH if Tinv.numel() else choose(q)
+        saved = (Tinv, factors, states, errors) if run.keeps_states else (Tinv, factors)
         with _own_precision(q):
-            return run.backward(do, dht, q, k, v, beta, Tinv, factors, scale, initial_state, use_l2, cu_seqlens)
+            return run.backward(do, dht, q, k, v, beta, *saved, scale, initial_state, use_l2, cu_seqlens)
 
-    @backward.register_fake
-    def _(do, dht, q, k, v, beta, Tinv, factors, scale, initial_state, use_l2, cu_seqlens):
+    def fake_backward(
+        do, dht, q, k, v, beta, Tinv, factors, states, errors, scale, initial_state, use_l2, cu_seqlens
+    ):  # fmt: skip
         dh0 = q.new_empty(0 if initial_state is None else initial_state.shape, dtype=compute_dtype(q.dtype))
         return *(x.new_empty(x.shape) for x in (q, k, v, beta)), dh0
 
-    forward.register_autograd(functools.partial(_differentiate, backward), setup_context=_save)
-    backward.register_autograd(functools.partial(_refuse, name))
-    return forward
+    gradient = _register(f"{name}_backward", _BACKWARD, backward, fake_backward, lambda op: _refusing(name, op))
+    return _register(name, _FORWARD, forward, fake_forward, lambda op: _differentiable(op, gradient))
 
 
-def _save(ctx, inputs, output):
-    q, k, v, beta, ctx.scale, initial_state, output_final_state, ctx.use_l2, cu_seqlens = inputs
-    ctx.save_for_backward(q, k, v, beta, *output[2:], initial_state, cu_seqlens)
-    ctx.mark_non_differentiable(*(output[2:] if output_final_state else output[1:]))
-    ctx.set_materialize_grads(False)
+def _six(q: Tensor, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The operator returns six tensors; an implementation that saves less gives fewer."""
+    return *results, *(q.new_empty(0) for _ in range(6 - len(results)))
 
 
-def _differentiate(op, ctx, do, dht, *_):
-    q, k, v, beta, Tinv, factors, initial_state, cu_seqlens = ctx.saved_tensors
-    do = v.new_zeros(v.shape) if do is None else do
-    arguments = (do, dht, q, k, v, beta, Tinv, factors, ctx.scale, initial_state, ctx.use_l2, cu_seqlens)
-    dq, dk, dv, dbeta, dh0 = op(*arguments)
-    return dq, dk, dv, dbeta, None, None if initial_state is None else dh0, None, None, None
+def _register(name: str, schema: str, run: Callable, fake: Callable, with_gradient: Callable):
+    _library.define(name + schema)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    function = with_gradient(op)
+
+    def autograd(*inputs):
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return function.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+
+    _library.impl(name, autograd, "Autograd")
+    return op
 
 
-def _refuse(name, ctx, *gradients):
-    raise RuntimeError(f"{name} is differentiable once: its gradient has no gradient of its own")
+def _differentiable(op, gradient) -> type[torch.autograd.Function]:
+    class DeltaRule(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*inputs)
+            q, k, v, beta, ctx.scale, initial_state, output_final_state, ctx.use_l2, cu_seqlens, _ = inputs
+            ctx.save_for_backward(q, k, v, beta, *output[2:], initial_state, cu_seqlens)
+            ctx.mark_non_differentiable(*(output[2:] if output_final_state else output[1:]))
+            ctx.set_materialize_grads(False)
+            return output
+
+        @staticmethod
+        def backward(ctx, do, dht, *_):
+            *saved, initial_state, cu_seqlens = ctx.saved_tensors
+            do = saved[2].new_zeros(saved[2].shape) if do is None else do
+            dq, dk, dv, dbeta, dh0 = gradient(do, dht, *saved, ctx.scale, initial_state, ctx.use_l2, cu_seqlens)
+            return dq, dk, dv, dbeta, None, None if initial_state is None else dh0, None, None, None, None
+
+    return DeltaRule
+
+
+def _refusing(name: str, op) -> type[torch.autograd.Function]:
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*inputs)
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            raise RuntimeError(f"{name} is differentiable once: its gradient has no gradient of its own")
+
+    return Gradient
 
 
 def _define_step():

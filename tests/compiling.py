@@ -23,7 +23,7 @@ POINTERS = {
 
 
 class Plan(NamedTuple):
-    """One call with gradients; sequences = 0 is a dense batch, otherwise a pack."""
+    """One call with gradients; sequences = 0 is a dense batch, otherwise a pack; `hopper` allows the Gluon kernels."""
 
     dtype: torch.dtype
     B: int
@@ -32,6 +32,7 @@ class Plan(NamedTuple):
     K: int
     V: int
     sequences: int = 0
+    hopper: bool = True
 
 
 class Resources(NamedTuple):
@@ -55,7 +56,7 @@ class Launch(NamedTuple):
     @property
     def key(self) -> tuple:
         """Equal for launches that one compiled kernel serves."""
-        dtypes = [x.dtype if isinstance(x, torch.Tensor) else None for x in self.values.values()]
+        dtypes = [str(x.dtype) if isinstance(x, torch.Tensor) else descriptor_type(x) for x in self.values.values()]
         return self.kernel.__name__, *dtypes, *self.constants.items(), *sorted(self.options.items())
 
     @property
@@ -63,6 +64,13 @@ class Launch(NamedTuple):
         """What the code is compiled for: constexpr parameters, and pointers that are not given."""
         constexpr = [parameter.name for parameter in self.kernel.params if parameter.is_constexpr]
         return {name: x for name, x in self.values.items() if x is None or name in constexpr}
+
+
+def descriptor_type(x) -> str | None:
+    """How Triton writes the type of a host-side descriptor of Gluon; None of anything else."""
+    if not hasattr(x, "block_shape"):
+        return None
+    return f"tensordesc<{POINTERS[x.base.dtype][1:]}{list(x.block_shape)},{x.layout!r}>"
 
 
 class _Recorder:
@@ -89,28 +97,33 @@ def launches(plan: Plan) -> list[Launch]:
             stack.enter_context(mock.patch.object(chunk, name, _Recorder(getattr(chunk, name), found)))
         stack.enter_context(mock.patch.object(chunk, "processors", lambda _: PROCESSORS))
         stack.enter_context(mock.patch.object(chunk, "shared_memory", lambda _: SHARED_MEMORY))
+        stack.enter_context(mock.patch.object(chunk, "has_copy_engine", lambda _: plan.hopper))
         stack.enter_context(torch.device("meta"))
         B, T, H = plan.B, plan.T, plan.H
         q, v = torch.empty(B, T, H, plan.K, dtype=plan.dtype), torch.empty(B, T, H, plan.V, dtype=plan.dtype)
         beta, h0 = torch.empty(B, T, H), torch.empty(plan.sequences or B, H, plan.K, plan.V)
         bounds = torch.empty(plan.sequences + 1, dtype=torch.int64) if plan.sequences else None
-        _, _, tau, factors = chunk.chunk_forward(q, q, v, beta, 1.0, h0, True, True, bounds)
-        chunk.chunk_backward(v, h0, q, q, v, beta, tau, factors, 1.0, h0, True, bounds)
+        _, _, *saved = chunk.chunk_forward(q, q, v, beta, 1.0, h0, True, True, bounds)
+        chunk.chunk_backward(v, h0, q, q, v, beta, *saved, 1.0, h0, True, bounds)
     return list({launch.key: launch for launch in found}.values())
 
 
 def _source(launch: Launch):
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     signature, attributes = {}, {}
     for place, (name, x) in enumerate(launch.values.items()):
         if name in launch.constants:
             signature[name] = "constexpr"
+        elif descriptor_type(x):
+            signature[name] = descriptor_type(x)
         elif isinstance(x, torch.Tensor):
             signature[name], attributes[place,] = POINTERS[x.dtype], [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if isinstance(x, float) else "i32"
-    return ASTSource(fn=launch.kernel, signature=signature, constexprs=launch.constants, attrs=attributes)
+    source = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    return source(fn=launch.kernel, signature=signature, constexprs=launch.constants, attrs=attributes)
 
 
 def resources(launch: Launch) -> Resources:

@@ -3,12 +3,15 @@
 Fresh memory holds NaN and every case runs twice, bit for bit the same.
 """
 
+import functools
+
 import pytest
 import torch
 from cases import DTYPES, Case, limits
 from oracle import NAMES, assert_close, delta_rule, delta_rule_batched, state, tokens, with_gradients
 
 from deltanet.kernels.delta_rule import chunk_delta_rule, delta_rule_step, recurrent_delta_rule
+from deltanet.kernels.launching import enqueue
 
 gpu = pytest.mark.gpu
 pytestmark = [
@@ -32,6 +35,35 @@ def twice(case, rule=chunk_delta_rule):
     for name, a, b in zip(NAMES, results, again):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), f"{name} differs between two runs"
     return results
+
+
+@gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "K, V, bounds",
+    [(128, 128, None), (64, 64, [0, 0, 1, 300, 490]), (96, 72, [0, 130, 131]), (40, 200, None)],
+)
+@pytest.mark.parametrize("span", [None, 128], ids=["whole", "spans"])
+@pytest.mark.parametrize("H", [2, 70], ids=["narrow", "wide"])
+def test_kernels_for_hopper(monkeypatch, device, check, dtype, K, V, bounds, span, H):
+    """They run wherever a Hopper GPU is; here each beside the kernels that other cards get, on sizes that need padding."""
+    from deltanet.kernels import chunk
+
+    if not chunk.has_copy_engine(device):
+        pytest.skip("needs a Hopper GPU and Triton 3.6")
+    if span:
+        monkeypatch.setattr(chunk, "choose_span", lambda plan: span)
+    case = Case(device, DTYPES[dtype], 500, K, V, H=H, bounds=bounds)
+    used = []
+    monkeypatch.setattr(chunk, "enqueue", lambda kernel, *x: (used.append(kernel.__name__), enqueue(kernel, *x)))
+    results, expected = twice(case), case.expected()
+    assert {"hopper_output_kernel", "hopper_scan_kernel"} <= set(used)
+    check(results, expected, limits(DTYPES[dtype]))
+    kept = twice(case, functools.partial(chunk_delta_rule, keep_states=True))
+    assert all(map(torch.equal, kept, results))
+    monkeypatch.setattr(chunk, "has_copy_engine", lambda _: False)
+    check(twice(case), expected, limits(DTYPES[dtype]))
+    assert "output_kernel" in used
 
 
 def test_batched_oracle_is_the_oracle():

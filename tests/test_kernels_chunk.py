@@ -4,6 +4,8 @@ What the interpreter shows are equations, masks, tails, strides and tables, in f
 wrong, and knows no races, layouts or precision of products: `test_gpu_delta_rule.py` is about those. Fresh memory is NaN.
 """
 
+import functools
+
 import pytest
 import torch
 from cases import DTYPES, Case, limits
@@ -67,6 +69,18 @@ def test_packs(dtype, l2, bounds, T):
 @pytest.mark.parametrize("bounds", [None, [0, 0, 70, 71, 120]], ids=["dense", "packed"])
 def test_spans(spans, dtype, K, V, bounds):
     run(case(dtype, 130, K, V, H=1, bounds=bounds))
+
+
+@DTYPE
+@pytest.mark.parametrize("bounds", [None, [0, 0, 70, 71, 120]], ids=["dense", "packed"])
+@pytest.mark.parametrize("split", [False, True])
+def test_kept_states(request, dtype, bounds, split):
+    """The backward takes them for what it would have computed: not a bit may differ."""
+    if split:
+        request.getfixturevalue("spans")
+    one = case(dtype, 130, 24, 40, H=1, bounds=bounds)
+    kept = run(one, functools.partial(chunk_delta_rule, keep_states=True))
+    assert all(map(torch.equal, kept, one.actual()))
 
 
 @DTYPE
