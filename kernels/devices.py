@@ -31,6 +31,17 @@ def fused_kernels_refuse(device: torch.device, dtype: torch.dtype, K: int) -> st
     return ""
 
 
+def triton_missing() -> str:
+    """Why no fused kernel can be imported; empty where Triton is installed and new enough."""
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        return f"Triton {triton.__version__} is older than 3.6"
+    return ""
+
+
 def on_device(x: Tensor):
     """Triton launches on the current device; this makes it that of x."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

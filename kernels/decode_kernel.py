@@ -1,0 +1,160 @@
+"""The decoding step on a GPU in one launch: convolutions, norms, delta rule and output norm of a token.
+
+A program has one head of one row: it moves the head's state through registers in tiles [K, BV], one of them where K x V
+is at most 128 x 128, and keeps the whole output for the norm. Everything is read before the first wait, so that a step of
+one row costs little more than one trip to memory. Many rows cost their bytes: two states a head, and for a convolution of
+width 4 and 16-bit inputs 16 bytes a channel beside them.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .devices import on_device
+
+try:  # Transformers wants every package that custom code imports outside of a `try`
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the fused kernels need Triton") from error
+
+
+@triton.jit
+def _inputs(x, past, weight, channel, C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
+    """The last W inputs of the channels, oldest first and in the dtype of x, and their weights: [channels, WP]."""
+    tap = tl.arange(0, WP)[None, :]
+    inside = channel < C
+    new = tl.load(x + channel, mask=inside, other=0.0)
+    before = tl.load(past + channel[:, None] * (W - 1) + tap, mask=inside[:, None] & (tap < W - 1), other=0.0)
+    taps = tl.load(weight + channel[:, None] * W + tap, mask=inside[:, None] & (tap < W), other=0.0)
+    return tl.where(tap == W - 1, new[:, None], before.to(new.dtype)), taps.to(tl.float32)
+
+
+@triton.jit
+def _convolve(window, taps):
+    """SiLU of the convolution, rounded to the dtype of its input: [channels] in float32."""
+    y = tl.sum(window.to(tl.float32) * taps, 1)
+    return (y * tl.sigmoid(y)).to(window.dtype).to(tl.float32)
+
+
+@triton.jit
+def _shift(past, window, channel, C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
+    tap = tl.arange(0, WP)[None, :]
+    kept = (channel < C)[:, None] & (tap > 0) & (tap < W)
+    tl.store(past + channel[:, None] * (W - 1) + tap - 1, window.to(past.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _load_state(place, ik, iv, K: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr):
+    if PADDED:
+        S = tl.load(place, mask=(ik < K)[:, None] & (iv < V)[None, :], other=0.0)
+    else:
+        S = tl.load(place)
+    return S.to(tl.float32)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "scale", "beta_scale", "eps", "H", "q_b", "k_b", "v_b", "beta_b", "gate_b", "q_n", "k_n", "v_n",
+    ]
+)  # fmt: skip
+def decode_kernel(
+    q, k, v, beta, gate, q_past, k_past, v_past, q_weight, k_weight, v_weight, state, norm_weight, o, indices,
+    scale, beta_scale, eps, H, q_b, k_b, v_b, beta_b, gate_b, q_n, k_n, v_n, s_n,
+    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, W: tl.constexpr,
+    WP: tl.constexpr,
+):  # fmt: skip
+    """One row and head. *_b are the strides of rows, *_n those of states; everything else is dense. `beta`, `gate` and
+    `indices` may be None; o is contiguous."""
+    TP: tl.constexpr = triton.next_power_of_2(TILES)
+    PADDED: tl.constexpr = KP != K or TILES * BV != V
+    dtype: tl.constexpr = o.dtype.element_ty
+    b = (tl.program_id(0) // H).to(tl.int64)
+    h = (tl.program_id(0) % H).to(tl.int64)
+    ik, iv, tile = tl.arange(0, KP), tl.arange(0, BV), tl.arange(0, TP)[:, None]
+    whole = tile * BV + iv[None, :]  # [TP, BV], all columns of V
+    o += (b * H + h) * V
+    n = b
+    if indices is not None:
+        n = tl.load(indices + b).to(tl.int64)
+        if n < 0:
+            tl.store(o + whole, tl.zeros([TP, BV], dtype), mask=whole < V)
+            return
+    q_past += n * q_n + h * K * (W - 1)
+    k_past += n * k_n + h * K * (W - 1)
+    v_past += n * v_n + h * V * (W - 1)
+    v += b * v_b + h * V
+    v_weight += h * V * W
+    state += n * s_n + h * K * V
+
+    q_window, q_taps = _inputs(q + b * q_b + h * K, q_past, q_weight + h * K * W, ik, K, W, WP)
+    k_window, k_taps = _inputs(k + b * k_b + h * K, k_past, k_weight + h * K * W, ik, K, W, WP)
+    window, taps = _inputs(v, v_past, v_weight, iv, V, W, WP)
+    place = state + ik[:, None] * V + iv[None, :]
+    S = _load_state(place, ik, iv, K, V, PADDED)  # [K, BV]
+    b_beta = beta_scale
+    if beta is not None:
+        b_beta = tl.sigmoid(tl.load(beta + b * beta_b + h).to(tl.float32)) * beta_scale
+    w = tl.load(norm_weight + whole, mask=whole < V, other=0.0).to(tl.float32)
+    if gate is not None:
+        g = tl.load(gate + b * gate_b + h * V + whole, mask=whole < V, other=0.0).to(tl.float32)
+
+    b_q = _convolve(q_window, q_taps)
+    b_k = _convolve(k_window, k_taps)
+    b_q *= tl.rsqrt(tl.sum(b_q * b_q, 0) + 1e-6) * scale
+    b_k *= tl.rsqrt(tl.sum(b_k * b_k, 0) + 1e-6)
+    b_qk = tl.sum(b_q * b_k, 0)
+    b_o = tl.zeros([TP, BV], tl.float32)
+    for i in range(TILES):
+        v_new = b_beta * (_convolve(window, taps) - tl.sum(S * b_k[:, None], 0))  # [BV]
+        b_o = tl.where(tile == i, (tl.sum(S * b_q[:, None], 0) + b_qk * v_new)[None, :], b_o)
+        S += b_k[:, None] * v_new[None, :]
+        # A small tile is in several threads at once, and one of them must not write what another has yet to read.
+        tl.debug_barrier()
+        if PADDED:
+            tl.store(place, S.to(state.dtype.element_ty), mask=(ik < K)[:, None] & (iv < V)[None, :])
+        else:
+            tl.store(place, S.to(state.dtype.element_ty))
+        _shift(v_past, window, iv, V, W, WP)
+        if TILES > 1:
+            place += BV
+            iv += BV
+            if i + 1 < TILES:
+                window, taps = _inputs(v, v_past, v_weight, iv, V, W, WP)
+                S = _load_state(place, ik, iv, K, V, PADDED)
+    _shift(q_past, q_window, ik, K, W, WP)
+    _shift(k_past, k_window, ik, K, W, WP)
+
+    b_o = b_o.to(dtype).to(tl.float32)
+    b_o *= tl.rsqrt(tl.sum(tl.sum(b_o * b_o, 1), 0) / V + eps) * w
+    if gate is not None:
+        b_o = b_o.to(dtype).to(tl.float32) * (g * tl.sigmoid(g)).to(dtype).to(tl.float32)
+    tl.store(o + whole, b_o.to(dtype), mask=whole < V)
+
+
+def tile_of(K: int, V: int) -> tuple[int, int]:
+    """Columns of a tile, at most 64 KiB of float32, and warps, which hold 64 numbers of it a thread, or fewer."""
+    KP, VP = 1 << (K - 1).bit_length(), 1 << (V - 1).bit_length()
+    columns = min(VP, max(1, 16384 // KP))
+    return columns, 8 if KP * columns > 8192 else 4
+
+
+def decode_forward(
+    q, k, v, beta, gate, q_past, k_past, v_past, state, q_weight, k_weight, v_weight, norm_weight, norm_eps, beta_scale,
+    scale, state_indices: Optional[Tensor], tile: Optional[tuple[int, int]] = None,
+) -> Tensor:  # fmt: skip
+    """As `decode_step.composed`; `tile` overrides the columns and warps of `tile_of`."""
+    (B, channels), (_, H, K, V), W = v.shape, state.shape, q_weight.shape[-1]
+    columns, warps = tile or tile_of(K, V)
+    o = torch.empty((B, channels), dtype=v.dtype, device=v.device)
+    with on_device(q):
+        decode_kernel[(B * H,)](
+            q, k, v, beta, gate, q_past, k_past, v_past, q_weight, k_weight, v_weight, state, norm_weight, o, state_indices,
+            scale, beta_scale, norm_eps, H, q.stride(0), k.stride(0), v.stride(0),
+            0 if beta is None else beta.stride(0), 0 if gate is None else gate.stride(0),
+            q_past.stride(0), k_past.stride(0), v_past.stride(0), state.stride(0),
+            K=K, KP=1 << (K - 1).bit_length(), V=V, BV=columns, TILES=-(-V // columns), W=W, WP=1 << (W - 1).bit_length(),
+            num_warps=warps, num_stages=1,
+        )  # fmt: skip
+    return o
