@@ -43,26 +43,29 @@ def check_decode_step(
     q, k, v, beta, gate, q_past, k_past, v_past, state, q_weight, k_weight, v_weight, norm_weight, state_indices
 ) -> None:  # fmt: skip
     """Raise unless the arguments of `decode_step` fit together; looks at shapes, dtypes and devices only."""
-    if state.dim() != 4 or 0 in state.shape:
-        raise ValueError(f"state has shape {tuple(state.shape)}; it must be [N, H, K, V], no dimension empty")
-    (N, H, K, V), B, W = state.shape, q.shape[0], q_weight.shape[-1]
-    keys, values = H * K, H * V
+    for name, x, rank in (("q", q, 2), ("v", v, 2), ("state", state, 4), ("norm_weight", norm_weight, 1)):
+        if x.dim() != rank or 0 in x.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must have {rank} dimensions, none empty")
+    (B, keys), values, N = q.shape, v.shape[1], state.shape[0]
+    V, W = norm_weight.shape[0], q_weight.shape[-1]
+    H = max(1, values // V)
+    K = keys // H
     for name, x, shape in (
         ("q", q, (B, keys)), ("k", k, (B, keys)), ("v", v, (B, values)), ("beta", beta, (B, H)), ("gate", gate, (B, values)),
-        ("conv_states[0]", q_past, (N, keys, W - 1)), ("conv_states[1]", k_past, (N, keys, W - 1)),
-        ("conv_states[2]", v_past, (N, values, W - 1)), ("conv_weights[0]", q_weight, (keys, 1, W)),
-        ("conv_weights[1]", k_weight, (keys, 1, W)), ("conv_weights[2]", v_weight, (values, 1, W)),
-        ("norm_weight", norm_weight, (V,)), ("state", state, state.shape),
+        ("state", state, (N, H, K, V)), ("conv_states[0]", q_past, (N, keys, W - 1)),
+        ("conv_states[1]", k_past, (N, keys, W - 1)), ("conv_states[2]", v_past, (N, values, W - 1)),
+        ("conv_weights[0]", q_weight, (keys, 1, W)), ("conv_weights[1]", k_weight, (keys, 1, W)),
+        ("conv_weights[2]", v_weight, (values, 1, W)), ("norm_weight", norm_weight, (V,)),
     ):  # fmt: skip
         if x is None:
             continue
         if x.shape != shape:
-            fits = f"a state of shape {tuple(state.shape)}, {B} rows of q and a width of {W}"
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; with {fits} it must be {list(shape)}")
+            fits = f"with q {tuple(q.shape)}, v of {values} channels and norm_weight {tuple(norm_weight.shape)}"
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {list(shape)} {fits}")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device} and q on {q.device}; all arguments must be on one device")
-    if B == 0 or K > MAX_K:
-        raise ValueError(f"q has {B} rows and heads of {K}; at least one row, and heads of at most {MAX_K} are supported")
+    if K > MAX_K:
+        raise ValueError(f"q and k have head size {K}; at most {MAX_K} is supported")
     if q.dtype not in DTYPES:
         raise TypeError(f"q is {q.dtype}; it may be one of {_names(DTYPES)}")
     for name, x in (("k", k), ("v", v), ("gate", gate)):

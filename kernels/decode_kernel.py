@@ -1,9 +1,12 @@
 """The decoding step on a GPU in one launch: convolutions, norms, delta rule and output norm of a token.
 
 A program has one head of one row: it moves the head's state through registers in tiles [K, BV], one of them where K x V
-is at most 128 x 128, and keeps the whole output for the norm. Everything is read before the first wait, so that a step of
-one row costs little more than one trip to memory. Many rows cost their bytes: two states a head, and for a convolution of
-width 4 and 16-bit inputs 16 bytes a channel beside them.
+is at most 128 x 128, and keeps the whole output for the norm. All of the first tile is asked for before anything is waited
+for, so that a step of one row costs little more than one trip to memory; many rows cost their bytes.
+
+Expected on an H100 (3.0 TB/s; 132 multiprocessors that take some 60 bytes a clock each), H 16, D 128, float32 state: a
+row moves 2.1 MB of states and 0.2 MB of the rest. One row, 16 programs: 64 KiB in and 64 KiB out of one multiprocessor,
+0.6 us each, two trips to memory, 1.2 us, and a dozen barriers, in all 3 to 4 us. 64 rows: 147 MB, 49 us.
 """
 
 from typing import Optional
@@ -54,6 +57,16 @@ def _load_state(place, ik, iv, K: tl.constexpr, V: tl.constexpr, PADDED: tl.cons
     return S.to(tl.float32)
 
 
+@triton.jit
+def _add_two(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
 @triton.jit(
     do_not_specialize=[
         "scale", "beta_scale", "eps", "H", "q_b", "k_b", "v_b", "beta_b", "gate_b", "q_n", "k_n", "v_n",
@@ -66,7 +79,8 @@ def decode_kernel(
     WP: tl.constexpr,
 ):  # fmt: skip
     """One row and head. *_b are the strides of rows, *_n those of states; everything else is dense. `beta`, `gate` and
-    `indices` may be None; o is contiguous."""
+    `indices` may be None; o is contiguous. Triton specialises on s_n, without which it could not tell that rows of a
+    state start where 16 bytes can be loaded at once."""
     TP: tl.constexpr = triton.next_power_of_2(TILES)
     PADDED: tl.constexpr = KP != K or TILES * BV != V
     dtype: tl.constexpr = o.dtype.element_ty
@@ -102,13 +116,15 @@ def decode_kernel(
 
     b_q = _convolve(q_window, q_taps)
     b_k = _convolve(k_window, k_taps)
-    b_q *= tl.rsqrt(tl.sum(b_q * b_q, 0) + 1e-6) * scale
-    b_k *= tl.rsqrt(tl.sum(b_k * b_k, 0) + 1e-6)
-    b_qk = tl.sum(b_q * b_k, 0)
+    qq, kk, qk = tl.reduce((b_q * b_q, b_k * b_k, b_q * b_k), 0, _add_three)
+    r_q, r_k = tl.rsqrt(qq + 1e-6) * scale, tl.rsqrt(kk + 1e-6)
+    b_q *= r_q
+    b_k *= r_k
     b_o = tl.zeros([TP, BV], tl.float32)
     for i in range(TILES):
-        v_new = b_beta * (_convolve(window, taps) - tl.sum(S * b_k[:, None], 0))  # [BV]
-        b_o = tl.where(tile == i, (tl.sum(S * b_q[:, None], 0) + b_qk * v_new)[None, :], b_o)
+        read_q, read_k = tl.reduce((S * b_q[:, None], S * b_k[:, None]), 0, _add_two)  # [BV]
+        v_new = b_beta * (_convolve(window, taps) - read_k)
+        b_o = tl.where(tile == i, (read_q + qk * r_q * r_k * v_new)[None, :], b_o)
         S += b_k[:, None] * v_new[None, :]
         # A small tile is in several threads at once, and one of them must not write what another has yet to read.
         tl.debug_barrier()
