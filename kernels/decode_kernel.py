@@ -150,9 +150,9 @@ def decode_kernel(
 
 
 def tile_of(K: int, V: int) -> tuple[int, int]:
-    """Columns of a tile, at most 64 KiB of float32, and warps, which hold 64 numbers of it a thread, or fewer."""
+    """Columns of a tile, at most 64 KiB of float32, and warps: a thread holds 64 numbers of it or fewer."""
     KP, VP = 1 << (K - 1).bit_length(), 1 << (V - 1).bit_length()
-    columns = min(VP, max(1, 16384 // KP))
+    columns = min(VP, 256, 16384 // KP)
     return columns, 8 if KP * columns > 8192 else 4
 
 
