@@ -1,7 +1,6 @@
-"""One decoding step of a delta layer on any device: its inputs, and what is right in float64, written apart from the package."""
+"""One decoding step of a delta layer on any device: its inputs, and what is right in float64, apart from the package."""
 
 import torch
-from oracle import relative_errors
 
 from deltanet.kernels.decode_step import decode_step
 
@@ -76,10 +75,6 @@ class Step:
             g = gate[b].double().view_as(o)
             o = o * (g / (1 + (-g).exp()))
         return o.flatten()
-
-
-def errors(actual, expected) -> dict[str, float]:
-    return relative_errors(actual, expected, RESULTS)
 
 
 def limit_of(step: Step) -> list[float]:

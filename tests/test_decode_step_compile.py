@@ -56,8 +56,8 @@ def test_resources(name):
     compiled = compile_launch(launch(*VARIANTS[name]))
     used = resources(compiled)
     assert used.stack == 0 and used.shared <= 16 * 1024, used
-    # Two programs of 8 warps a multiprocessor, so that one computes while the other waits for memory; one at K = 256.
-    assert used.registers <= (255 if K > 128 else 160 if "state" in name else 128), used
+    # Up to heads of 128, two programs of 8 warps a multiprocessor: one computes while the other waits for memory.
+    assert used.registers <= (128 if max(K, V) <= 128 else 192), used
     if V % 16 == 0:
         wide = re.findall(r"(ld|st)\.global\S*\.v4\.b32", compiled.asm["ptx"])
         assert {"ld", "st"} <= set(wide), "the state is not moved in 16 bytes a thread"

@@ -203,7 +203,7 @@ def test_a_gradient_is_refused():
         ({"k": torch.zeros(2, 31)}, ValueError, r"k has shape \(2, 31\); it must be \[2, 32\]"),
         ({"state": torch.zeros(2, 2, 16, 8)}, ValueError, r"state has shape .* must be \[2, 2, 16, 16\]"),
         ({"state": torch.zeros(2, 2, 16, 16).half()}, TypeError, "state is torch.float16; .*torch.bfloat16"),
-        ({"state": torch.zeros(3, 2, 16, 16), "conv_states": [torch.zeros(3, 32, 3)] * 3}, ValueError, "3 states for 2 rows"),
+        ({"state": torch.zeros(3, 2, 16, 16), "conv_states": [torch.zeros(3, 32, 3)] * 3}, ValueError, "3 states for 2"),
         ({"conv_states": [torch.zeros(2, 32, 4)] * 3}, ValueError, r"conv_states\[0\] has shape .* \[2, 32, 3\]"),
         ({"conv_weights": [torch.zeros(32, 1, w) for w in (4, 4, 3)]}, ValueError, r"conv_weights\[2\] .* \[32, 1, 4\]"),
         ({"beta": torch.zeros(2, 1)}, ValueError, r"beta has shape \(2, 1\); it must be \[2, 2\]"),
