@@ -96,8 +96,9 @@ def test_many_rows_repeat(device, dtype):
 
 
 @DTYPE
-def test_the_kernel_is_the_composed_form(device, dtype, monkeypatch):
-    """300 tokens, the states in place, the same roundings: outputs differ by a unit in the last place where at all."""
+def test_the_kernel_is_the_composed_form(device, check, dtype, monkeypatch):
+    """300 tokens, the states in place. Sums in another order fall on the other side of a rounding now and then; a rounding
+    more or fewer would be seen in every number: 1.6e-3 in bfloat16, 2e-4 in float16."""
     arguments = [step(device, dtype, B=2, seed=seed) for seed in range(300)]
     held, outputs = [[x.clone() for x in arguments[0].held()] for _ in range(2)], []
     for (state, *past), backend in zip(held, ("", "torch")):
@@ -105,11 +106,9 @@ def test_the_kernel_is_the_composed_form(device, dtype, monkeypatch):
         first = {**arguments[0].arguments, "state": state, "conv_states": past}
         with torch.no_grad():
             outputs.append(torch.stack([decode_step(**{**first, **one.tokens}) for one in arguments]))
-    unit = {"float32": 2e-5, "bfloat16": 2**-7, "float16": 2**-10}[dtype]
-    difference = (outputs[0].float() - outputs[1].float()).abs()
-    assert (difference <= unit * outputs[1].float().abs().clamp(min=0.1)).all()
-    assert (difference > 0).float().mean() < (1.0 if dtype == "float32" else 0.02)
-    assert all(relative_error(x, y) <= 1e-5 for x, y in zip(*held))
+    results = [[o, *states] for o, states in zip(outputs, held)]
+    limit = {"float32": 1e-5, "bfloat16": 1e-3, "float16": 1.5e-4}[dtype]
+    check(*results, [limit, limit, 0.0, 0.0, 0.0], RESULTS)
 
 
 def decode(model, ids, cache):
@@ -222,7 +221,7 @@ def test_states_of_more_than_two_to_the_31_elements(cuda):
 def test_drift_over_ten_thousand_steps(device, record_property, state_dtype):
     """Bounded by the rounding of the state; how much is in benchmarks/results/state_precision.json."""
     tokens = 10_000 if device.type == "cuda" else 100
-    rows = state_precision.measure(device, state_dtype, tokens, sizes=((128, 128),))
-    record_property("errors", {f"{row['keys']} x{row['beta_scale']:.0f}": row["output"][-1] for row in rows})
+    rows = state_precision.measure(device, state_dtype, tokens, sizes=(128,))
+    record_property("errors", {f"{row['keys']} x{row['beta_scale']:.0f}": row["output_error"][-1] for row in rows})
     for row in rows:
-        assert max(row["output"]) <= (1e-4 if state_dtype == torch.float32 else 0.1), row
+        assert max(row["output_error"]) <= (1e-4 if state_dtype == torch.float32 else 0.1), row

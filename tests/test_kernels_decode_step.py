@@ -134,15 +134,14 @@ def test_kernel_follows_the_composed_form(fused):
     first, kernel = steps[0], importlib.import_module("deltanet.kernels.decode_kernel")
     held = [[x.clone() for x in first.held()] for _ in range(2)]
     weights = (*first.conv_weights, first.norm_weight)
+    outputs = [[], []]
     for step in steps:
         tokens = [step.tokens[name] for name in ("q", "k", "v", "beta", "gate")]
-        o, expected = (
-            run(*tokens, *past, state, *weights, 1e-5, 1.0, 0.25, None)
-            for run, (state, *past) in zip((kernel.decode_forward, COMPOSED), held)
-        )
-        # At most one unit in the last place, where the sums fell on two sides of a boundary.
-        assert (o.float() - expected.float()).abs().max() <= 2e-3 * expected.float().abs().max()
-    assert_close(held[0], held[1], 1e-5, RESULTS[1:])
+        for i, (run, (state, *past)) in enumerate(zip((kernel.decode_forward, COMPOSED), held)):
+            outputs[i].append(run(*tokens, *past, state, *weights, 1e-5, 1.0, 0.25, None))
+    # A rounding more or fewer is 2e-4; sums in another order fall on the other side of one now and then.
+    actual, expected = ([torch.stack(o), *states] for o, states in zip(outputs, held))
+    assert_close(actual, expected, [1e-4, 1e-5, 0.0, 0.0, 0.0], RESULTS)
 
 
 # The operator
