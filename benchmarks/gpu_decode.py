@@ -7,7 +7,7 @@
 From the input projections, in bfloat16, to what the output projection reads. Calls take turns on states of 256 MB and more,
 as the layers of a model do, so that nothing is found in the caches of the device. `device_us` is the median time the device
 is busy with a call, `wall_us` a call's with the host, `floor_us` that of its bytes at the speed of a copy, and `error` the
-relative L2 error of the output against float64. Part `tiles` tries other tiles and warps than the kernel's own.
+relative L2 error of the output against float64. Part `tiles` tries other launches than the kernel's own.
 --device cpu --tiny tries every step without a GPU.
 """
 
@@ -28,11 +28,11 @@ PARTS, PEERS, STATES = ("steps", "tiles"), ("ours", "composed", "fla"), ("float3
 SHAPES = {"H16_D128": (16, 128), "H32_D64": (32, 64), "H8_D256": (8, 256)}
 BATCHES = (1, 8, 64, 256, 512)
 TILES = {
-    64: ((64, 4), (64, 8), (64, 2), (32, 4)),
-    128: ((128, 8), (128, 4), (128, 16), (64, 8), (64, 4)),
-    256: ((64, 8), (32, 4), (32, 8), (128, 16)),
+    64: ((64, 4, 1), (64, 8, 1), (64, 2, 1), (16, 4, 3)),
+    128: ((128, 8, 1), (128, 4, 1), (128, 16, 1), (64, 8, 1), (32, 8, 1), (32, 8, 3)),
+    256: ((32, 8, 1), (64, 8, 1), (16, 8, 1), (16, 8, 3), (16, 4, 3), (32, 8, 3)),
 }
-"""Columns of a tile and warps, the kernel's own first."""
+"""Columns of a tile, warps, and stages: tiles in flight, where there are several. The kernel's own first."""
 WIDTH, EPS, MEMORY = 4, 1e-6, 2**28
 
 
@@ -101,12 +101,13 @@ def fla(layer: Layer):
 
 
 def tiled(tile):
-    """Ours with another tile (columns, warps)."""
+    """Ours with another tile."""
+    from ..kernels.chunk_configurations import Launch
     from ..kernels.decode_kernel import decode_forward
 
     def make(layer: Layer):
         arguments = layer.arguments()
-        return lambda: decode_forward(*arguments, tile=tile)
+        return lambda: decode_forward(*arguments, launch=Launch(*tile))
 
     return make
 
@@ -164,7 +165,7 @@ def write(path: pathlib.Path, settings: dict, limits: dict, rows: list[dict]) ->
 
 
 def line(row: dict) -> str:
-    what = f"{row['shape']:<9} B {row['B']:<4} {row['state']:<9} {row['peer']:<9}{str(row.get('tile', '')):<10}"
+    what = f"{row['shape']:<9} B {row['B']:<4} {row['state']:<9} {row['peer']:<9}{str(row.get('tile', '')):<13}"
     if "failed" in row:
         return f"{what} {row['failed'][:90]}"
     times = f"device {row['device_us']:9.2f} us  floor {row['floor_us']:8.2f} us  ratio {row['over_floor']:6.2f}"

@@ -14,6 +14,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from .chunk_configurations import Launch
 from .devices import on_device
 
 try:  # Transformers wants every package that custom code imports outside of a `try`
@@ -76,7 +77,7 @@ def decode_kernel(
     q, k, v, beta, gate, q_past, k_past, v_past, q_weight, k_weight, v_weight, state, norm_weight, o, indices,
     scale, beta_scale, eps, H, q_b, k_b, v_b, beta_b, gate_b, q_n, k_n, v_n, s_n,
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, W: tl.constexpr,
-    WP: tl.constexpr,
+    WP: tl.constexpr, SHARED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row and head. *_b are the strides of rows, *_n those of states; everything else is dense. `beta`, `gate` and
     `indices` may be None; o is contiguous. Triton specialises on s_n, without which it could not tell that rows of a
@@ -86,83 +87,84 @@ def decode_kernel(
     dtype: tl.constexpr = o.dtype.element_ty
     b = (tl.program_id(0) // H).to(tl.int64)
     h = (tl.program_id(0) % H).to(tl.int64)
-    ik, iv, tile = tl.arange(0, KP), tl.arange(0, BV), tl.arange(0, TP)[:, None]
-    whole = tile * BV + iv[None, :]  # [TP, BV], all columns of V
+    ik, iv, jv = tl.arange(0, KP), tl.arange(0, BV), tl.arange(0, TP * BV)
+    tile = tl.arange(0, TP)[:, None]
+    columns = tile * BV + iv[None, :]  # [TP, BV]
     o += (b * H + h) * V
     n = b
     if indices is not None:
         n = tl.load(indices + b).to(tl.int64)
         if n < 0:
-            tl.store(o + whole, tl.zeros([TP, BV], dtype), mask=whole < V)
+            tl.store(o + columns, tl.zeros([TP, BV], dtype), mask=columns < V)
             return
     q_past += n * q_n + h * K * (W - 1)
     k_past += n * k_n + h * K * (W - 1)
     v_past += n * v_n + h * V * (W - 1)
-    v += b * v_b + h * V
-    v_weight += h * V * W
-    state += n * s_n + h * K * V
 
     q_window, q_taps = _inputs(q + b * q_b + h * K, q_past, q_weight + h * K * W, ik, K, W, WP)
     k_window, k_taps = _inputs(k + b * k_b + h * K, k_past, k_weight + h * K * W, ik, K, W, WP)
-    window, taps = _inputs(v, v_past, v_weight, iv, V, W, WP)
-    place = state + ik[:, None] * V + iv[None, :]
-    S = _load_state(place, ik, iv, K, V, PADDED)  # [K, BV]
+    v_window, v_taps = _inputs(v + b * v_b + h * V, v_past, v_weight + h * V * W, jv, V, W, WP)
+    place = state + n * s_n + h * K * V + ik[:, None] * V + iv[None, :]
+    if TILES == 1:
+        S = _load_state(place, ik, iv, K, V, PADDED)
     b_beta = beta_scale
     if beta is not None:
         b_beta = tl.sigmoid(tl.load(beta + b * beta_b + h).to(tl.float32)) * beta_scale
-    w = tl.load(norm_weight + whole, mask=whole < V, other=0.0).to(tl.float32)
+    w = tl.load(norm_weight + columns, mask=columns < V, other=0.0).to(tl.float32)
     if gate is not None:
-        g = tl.load(gate + b * gate_b + h * V + whole, mask=whole < V, other=0.0).to(tl.float32)
+        g = tl.load(gate + b * gate_b + h * V + columns, mask=columns < V, other=0.0).to(tl.float32)
 
     b_q = _convolve(q_window, q_taps)
     b_k = _convolve(k_window, k_taps)
+    b_v = tl.reshape(_convolve(v_window, v_taps), (TP, BV))
     qq, kk, qk = tl.reduce((b_q * b_q, b_k * b_k, b_q * b_k), 0, _add_three)
     r_q, r_k = tl.rsqrt(qq + 1e-6) * scale, tl.rsqrt(kk + 1e-6)
     b_q *= r_q
     b_k *= r_k
     b_o = tl.zeros([TP, BV], tl.float32)
-    for i in range(TILES):
+    for i in tl.range(TILES, num_stages=STAGES):
+        if TILES > 1:
+            S = _load_state(place + i * BV, ik, i * BV + iv, K, V, PADDED)  # [K, BV]
         read_q, read_k = tl.reduce((S * b_q[:, None], S * b_k[:, None]), 0, _add_two)  # [BV]
-        v_new = b_beta * (_convolve(window, taps) - read_k)
+        v_new = b_beta * (tl.sum(tl.where(tile == i, b_v, 0.0), 0) - read_k)
         b_o = tl.where(tile == i, (read_q + qk * r_q * r_k * v_new)[None, :], b_o)
         S += b_k[:, None] * v_new[None, :]
-        # A small tile is in several threads at once, and one of them must not write what another has yet to read.
-        tl.debug_barrier()
+        if SHARED:
+            tl.debug_barrier()
         if PADDED:
-            tl.store(place, S.to(state.dtype.element_ty), mask=(ik < K)[:, None] & (iv < V)[None, :])
+            here = (ik < K)[:, None] & (i * BV + iv < V)[None, :]
+            tl.store(place + i * BV, S.to(state.dtype.element_ty), mask=here)
         else:
-            tl.store(place, S.to(state.dtype.element_ty))
-        _shift(v_past, window, iv, V, W, WP)
-        if TILES > 1:
-            place += BV
-            iv += BV
-            if i + 1 < TILES:
-                window, taps = _inputs(v, v_past, v_weight, iv, V, W, WP)
-                S = _load_state(place, ik, iv, K, V, PADDED)
+            tl.store(place + i * BV, S.to(state.dtype.element_ty))
+    # Several threads hold the same input; none must write it before all have read it.
+    tl.debug_barrier()
     _shift(q_past, q_window, ik, K, W, WP)
     _shift(k_past, k_window, ik, K, W, WP)
+    _shift(v_past, v_window, jv, V, W, WP)
 
     b_o = b_o.to(dtype).to(tl.float32)
     b_o *= tl.rsqrt(tl.sum(tl.sum(b_o * b_o, 1), 0) / V + eps) * w
     if gate is not None:
         b_o = b_o.to(dtype).to(tl.float32) * (g * tl.sigmoid(g)).to(dtype).to(tl.float32)
-    tl.store(o + whole, b_o.to(dtype), mask=whole < V)
+    tl.store(o + columns, b_o.to(dtype), mask=columns < V)
 
 
-def tile_of(K: int, V: int) -> tuple[int, int]:
-    """Columns of a tile, at most 64 KiB of float32, and warps: a thread holds 64 numbers of it or fewer."""
+def launch_of(K: int, V: int) -> Launch:
+    """Tiles of at most 64 KiB, half of that where there are several; a thread holds 64 numbers of one, or fewer. Two
+    programs of 8 warps fit a multiprocessor: one computes while the other waits for memory."""
     KP, VP = 1 << (K - 1).bit_length(), 1 << (V - 1).bit_length()
-    columns = min(VP, 256, 16384 // KP)
-    return columns, 8 if KP * columns > 8192 else 4
+    columns = min(VP, 256) if KP * VP <= 16384 else min(256, 8192 // KP)
+    return Launch(columns, 8 if KP * columns >= 8192 else 4, 1)
 
 
 def decode_forward(
     q, k, v, beta, gate, q_past, k_past, v_past, state, q_weight, k_weight, v_weight, norm_weight, norm_eps, beta_scale,
-    scale, state_indices: Optional[Tensor], tile: Optional[tuple[int, int]] = None,
+    scale, state_indices: Optional[Tensor], launch: Optional[Launch] = None,
 ) -> Tensor:  # fmt: skip
-    """As `decode_step.composed`; `tile` overrides the columns and warps of `tile_of`."""
+    """As `decode_step.composed`; `launch` overrides `launch_of`."""
     (B, channels), (_, H, K, V), W = v.shape, state.shape, q_weight.shape[-1]
-    columns, warps = tile or tile_of(K, V)
+    columns, warps, stages, _ = launch or launch_of(K, V)
+    KP = 1 << (K - 1).bit_length()
     o = torch.empty((B, channels), dtype=v.dtype, device=v.device)
     with on_device(q):
         decode_kernel[(B * H,)](
@@ -170,7 +172,8 @@ def decode_forward(
             scale, beta_scale, norm_eps, H, q.stride(0), k.stride(0), v.stride(0),
             0 if beta is None else beta.stride(0), 0 if gate is None else gate.stride(0),
             q_past.stride(0), k_past.stride(0), v_past.stride(0), state.stride(0),
-            K=K, KP=1 << (K - 1).bit_length(), V=V, BV=columns, TILES=-(-V // columns), W=W, WP=1 << (W - 1).bit_length(),
-            num_warps=warps, num_stages=1,
+            K=K, KP=KP, V=V, BV=columns, TILES=-(-V // columns), W=W, WP=1 << (W - 1).bit_length(),
+            # Sixteen bytes a thread are at most 8 numbers: in a smaller tile several threads hold the same ones.
+            SHARED=KP * columns < 8 * 32 * warps, STAGES=stages, num_warps=warps, num_stages=1,
         )  # fmt: skip
     return o

@@ -98,10 +98,10 @@ def test_kernel_sizes(fused, dtype, K, V):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("V", [16, 20])
-def test_kernel_with_several_tiles(fused, monkeypatch, V):
+@pytest.mark.parametrize("V, stages", [(16, 1), (20, 1), (20, 3)])
+def test_kernel_with_several_tiles(fused, monkeypatch, V, stages):
     kernel = importlib.import_module("deltanet.kernels.decode_kernel")
-    monkeypatch.setattr(kernel, "tile_of", lambda K, V: (8, 4))
+    monkeypatch.setattr(kernel, "launch_of", lambda K, V: kernel.Launch(8, 4, stages))
     compare(Step(K=16, V=V, B=1, H=2))
 
 
