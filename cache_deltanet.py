@@ -184,8 +184,9 @@ def use_state_dtype(past_key_values: Cache, dtype: torch.dtype) -> Cache:
     """
     Keep the recurrent states of an unused cache in `dtype`, `torch.bfloat16` or `torch.float32` (the default); returns it.
 
-    bfloat16 halves the memory of the states and the time of a decoding step of many rows. Every step rounds the state;
-    arithmetic stays float32. `benchmarks/results/state_precision.json` has what it costs over 10,000 tokens.
+    bfloat16 halves the memory of the states and what a decoding step of many rows moves. Every step rounds the state, while
+    arithmetic stays float32: after 10,000 tokens a layer's output is off by 1.4 % for independent keys and by 6.6 % for
+    keys that resemble each other (`benchmarks/results/state_precision.json`); with float32 by a millionth.
 
         cache = use_state_dtype(DynamicCache(config=model.config), torch.bfloat16)
         model.generate(**inputs, past_key_values=cache)

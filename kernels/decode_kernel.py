@@ -25,12 +25,12 @@ except ImportError as error:
 
 
 @triton.jit
-def _inputs(x, past, weight, channel, C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
+def _inputs(x, past, weight, channel, p_c, p_w, C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
     """The last W inputs of the channels, oldest first and in the dtype of x, and their weights: [channels, WP]."""
     tap = tl.arange(0, WP)[None, :]
     inside = channel < C
     new = tl.load(x + channel, mask=inside, other=0.0)
-    before = tl.load(past + channel[:, None] * (W - 1) + tap, mask=inside[:, None] & (tap < W - 1), other=0.0)
+    before = tl.load(past + channel[:, None] * p_c + tap * p_w, mask=inside[:, None] & (tap < W - 1), other=0.0)
     taps = tl.load(weight + channel[:, None] * W + tap, mask=inside[:, None] & (tap < W), other=0.0)
     return tl.where(tap == W - 1, new[:, None], before.to(new.dtype)), taps.to(tl.float32)
 
@@ -43,10 +43,10 @@ def _convolve(window, taps):
 
 
 @triton.jit
-def _shift(past, window, channel, C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
+def _shift(past, window, channel, p_c, p_w, C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
     tap = tl.arange(0, WP)[None, :]
     kept = (channel < C)[:, None] & (tap > 0) & (tap < W)
-    tl.store(past + channel[:, None] * (W - 1) + tap - 1, window.to(past.dtype.element_ty), mask=kept)
+    tl.store(past + channel[:, None] * p_c + (tap - 1) * p_w, window.to(past.dtype.element_ty), mask=kept)
 
 
 @triton.jit
@@ -70,18 +70,18 @@ def _add_three(a, b, c, d, e, f):
 
 @triton.jit(
     do_not_specialize=[
-        "scale", "beta_scale", "eps", "H", "q_b", "k_b", "v_b", "beta_b", "gate_b", "q_n", "k_n", "v_n",
+        "scale", "beta_scale", "eps", "H", "q_b", "k_b", "v_b", "beta_b", "gate_b", "q_n", "k_n", "v_n", "p_c", "p_w",
     ]
 )  # fmt: skip
 def decode_kernel(
     q, k, v, beta, gate, q_past, k_past, v_past, q_weight, k_weight, v_weight, state, norm_weight, o, indices,
-    scale, beta_scale, eps, H, q_b, k_b, v_b, beta_b, gate_b, q_n, k_n, v_n, s_n,
+    scale, beta_scale, eps, H, q_b, k_b, v_b, beta_b, gate_b, q_n, k_n, v_n, p_c, p_w, s_n,
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, W: tl.constexpr,
     WP: tl.constexpr, SHARED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One row and head. *_b are the strides of rows, *_n those of states; everything else is dense. `beta`, `gate` and
-    `indices` may be None; o is contiguous. Triton specialises on s_n, without which it could not tell that rows of a
-    state start where 16 bytes can be loaded at once."""
+    """One row and head. *_b are the strides of rows, *_n those of states, p_c and p_w those inside the convolutions'
+    states; everything else is dense. `beta`, `gate` and `indices` may be None; o is contiguous. Triton specialises on s_n,
+    without which it could not tell that rows of a state start where 16 bytes can be loaded at once."""
     TP: tl.constexpr = triton.next_power_of_2(TILES)
     PADDED: tl.constexpr = KP != K or TILES * BV != V
     dtype: tl.constexpr = o.dtype.element_ty
@@ -97,13 +97,13 @@ def decode_kernel(
         if n < 0:
             tl.store(o + columns, tl.zeros([TP, BV], dtype), mask=columns < V)
             return
-    q_past += n * q_n + h * K * (W - 1)
-    k_past += n * k_n + h * K * (W - 1)
-    v_past += n * v_n + h * V * (W - 1)
+    q_past += n * q_n + h * K * p_c
+    k_past += n * k_n + h * K * p_c
+    v_past += n * v_n + h * V * p_c
 
-    q_window, q_taps = _inputs(q + b * q_b + h * K, q_past, q_weight + h * K * W, ik, K, W, WP)
-    k_window, k_taps = _inputs(k + b * k_b + h * K, k_past, k_weight + h * K * W, ik, K, W, WP)
-    v_window, v_taps = _inputs(v + b * v_b + h * V, v_past, v_weight + h * V * W, jv, V, W, WP)
+    q_window, q_taps = _inputs(q + b * q_b + h * K, q_past, q_weight + h * K * W, ik, p_c, p_w, K, W, WP)
+    k_window, k_taps = _inputs(k + b * k_b + h * K, k_past, k_weight + h * K * W, ik, p_c, p_w, K, W, WP)
+    v_window, v_taps = _inputs(v + b * v_b + h * V, v_past, v_weight + h * V * W, jv, p_c, p_w, V, W, WP)
     place = state + n * s_n + h * K * V + ik[:, None] * V + iv[None, :]
     if TILES == 1:
         S = _load_state(place, ik, iv, K, V, PADDED)
@@ -138,9 +138,9 @@ def decode_kernel(
             tl.store(place + i * BV, S.to(state.dtype.element_ty))
     # Several threads hold the same input; none must write it before all have read it.
     tl.debug_barrier()
-    _shift(q_past, q_window, ik, K, W, WP)
-    _shift(k_past, k_window, ik, K, W, WP)
-    _shift(v_past, v_window, jv, V, W, WP)
+    _shift(q_past, q_window, ik, p_c, p_w, K, W, WP)
+    _shift(k_past, k_window, ik, p_c, p_w, K, W, WP)
+    _shift(v_past, v_window, jv, p_c, p_w, V, W, WP)
 
     b_o = b_o.to(dtype).to(tl.float32)
     b_o *= tl.rsqrt(tl.sum(tl.sum(b_o * b_o, 1), 0) / V + eps) * w
@@ -154,7 +154,8 @@ def launch_of(K: int, V: int) -> Launch:
     programs of 8 warps fit a multiprocessor: one computes while the other waits for memory."""
     KP, VP = 1 << (K - 1).bit_length(), 1 << (V - 1).bit_length()
     columns = min(VP, 256) if KP * VP <= 16384 else min(256, 8192 // KP)
-    return Launch(columns, 8 if KP * columns >= 8192 else 4, 1)
+    # The convolution of all values of a head is in registers too.
+    return Launch(columns, 8 if KP * columns >= 8192 or VP >= 1024 else 4, 1)
 
 
 def decode_forward(
@@ -171,7 +172,7 @@ def decode_forward(
             q, k, v, beta, gate, q_past, k_past, v_past, q_weight, k_weight, v_weight, state, norm_weight, o, state_indices,
             scale, beta_scale, norm_eps, H, q.stride(0), k.stride(0), v.stride(0),
             0 if beta is None else beta.stride(0), 0 if gate is None else gate.stride(0),
-            q_past.stride(0), k_past.stride(0), v_past.stride(0), state.stride(0),
+            q_past.stride(0), k_past.stride(0), v_past.stride(0), *q_past.stride()[1:], state.stride(0),
             K=K, KP=KP, V=V, BV=columns, TILES=-(-V // columns), W=W, WP=1 << (W - 1).bit_length(),
             # Sixteen bytes a thread are at most 8 numbers: in a smaller tile several threads hold the same ones.
             SHARED=KP * columns < 8 * 32 * warps, STAGES=stages, num_warps=warps, num_stages=1,

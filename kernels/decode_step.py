@@ -112,9 +112,9 @@ def _convolve(x: Tensor, weight: Tensor, past: Tensor, rows: Optional[Tensor]) -
 
 
 def _is_dense(q, k, v, beta, gate, q_past, k_past, v_past, state, *weights) -> bool:
-    """Whether only rows and states are apart, which the kernel asks for."""
-    (_, _, K, V), W = state.shape, weights[0].shape[-1]
-    if state.stride()[1:] != (K * V, V, 1) or any(x.stride()[1:] != (W - 1, 1) for x in (q_past, k_past, v_past)):
+    """Whether only rows and states are apart, which the kernel asks for; convolutions' states may be transposed."""
+    _, _, K, V = state.shape
+    if state.stride()[1:] != (K * V, V, 1) or not q_past.stride()[1:] == k_past.stride()[1:] == v_past.stride()[1:]:
         return False
     return all(x is None or x.stride(1) == 1 for x in (q, k, v, beta, gate)) and all(x.is_contiguous() for x in weights)
 

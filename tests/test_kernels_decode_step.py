@@ -115,16 +115,20 @@ def test_kernel_rows(fused, rows, index_dtype):
 
 
 @pytest.mark.interpreter
-def test_kernel_reads_views(fused):
-    """Rows of a packed projection, and states that lie between other things."""
+@pytest.mark.parametrize("transposed", [False, True])
+def test_kernel_reads_views(fused, transposed):
+    """Rows of a packed projection, and states that lie between other things, the convolutions' also token by token."""
     step = Step(B=2, H=1)
     packed = torch.cat([step.tokens[name] for name in ("q", "k", "v", "gate", "beta")], 1)
     step.tokens = dict(zip(("q", "k", "v", "gate", "beta"), packed.split([16, 16, 16, 16, 1], 1)))
     spaced = lambda x: torch.stack([x, x + 1], 1)[:, 0]  # noqa: E731
     step.state, step.conv_states = spaced(step.state), [spaced(x) for x in step.conv_states]
+    if transposed:
+        step.conv_states = [spaced(x.mT.contiguous()).mT for x in step.conv_states]
     around = [x._base[:, 1].clone() for x in step.held()]
     compare(step)
     assert all(torch.equal(x._base[:, 1], y) for x, y in zip(step.held(), around))
+    assert step.conv_states[0].stride()[1:] == ((1, 16) if transposed else (3, 1))
 
 
 @pytest.mark.interpreter
