@@ -8,7 +8,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .cache_deltanet import DeltaNetCacheLayer
+from .cache_deltanet import DeltaNetCacheLayer, use_state_dtype
 from .configuration_deltanet import DeltaNetConfig
 from .modeling_deltanet import (
     DeltaNetForCausalLM,
@@ -35,4 +35,5 @@ __all__ = [
     "DeltaNetForTokenClassification",
     "DeltaNetModel",
     "DeltaNetPreTrainedModel",
+    "use_state_dtype",
 ]

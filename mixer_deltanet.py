@@ -11,10 +11,16 @@ from transformers.cache_utils import Cache
 
 from .cache_deltanet import delta_cache_layer, prefetch_next_layer
 from .configuration_deltanet import DeltaNetConfig
+from .kernels.decode_step import decode_step
 from .kernels.delta_rule import chunk_delta_rule, delta_rule_step, recurrent_delta_rule
 from .kernels.reference import compute_dtype
 from .kernels.short_conv import short_convolution, short_convolution_step
 from .layout_deltanet import TokenLayout
+
+
+def local(weight: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a weight."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 class DeltaNetRMSNorm(nn.Module):
@@ -41,7 +47,7 @@ class DeltaNetShortConvolution(nn.Conv1d):
         self, x: torch.Tensor, state: torch.Tensor | None, layout: TokenLayout, output_state: bool, in_place: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [B, T, D] -> (y [B, T, D], state [B, D, W - 1] or `None`); `in_place` updates `state` for a single token."""
-        weight = self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight
+        weight = local(self.weight)
         if in_place:
             return short_convolution_step(x[:, 0], weight, None, self.activation, state)[:, None], None
         order = layout.order
@@ -67,6 +73,7 @@ class DeltaNetMixer(nn.Module):
         self.layer_idx = layer_idx
         self.qk_activation, self.qk_norm = config.qk_activation, config.qk_norm
         self.use_short_conv, self.use_beta, self.use_gate = config.use_short_conv, config.use_beta, config.use_gate
+        self.is_fusable = config.use_short_conv and config.qk_activation == "silu" and config.qk_norm == "l2"
         self.beta_scale = 2.0 if config.allow_neg_eigval else 1.0
         self.delta_rule = chunk_delta_rule if config.attn_mode == "chunk" else recurrent_delta_rule
         hidden_size, num_heads = config.hidden_size, config.num_heads
@@ -98,6 +105,8 @@ class DeltaNetMixer(nn.Module):
             prefetch_next_layer(past_key_values, self.layer_idx, hidden_states.device)
             conv_states, state = cache.read(hidden_states)
         is_step = state is not None and hidden_states.shape[1] == 1 and layout.real is None and not torch.is_grad_enabled()
+        if is_step and self._can_fuse(hidden_states):
+            return self._fused_step(hidden_states, cache, conv_states, state)
 
         q, k, v, conv_states = self._project(hidden_states, conv_states, layout, cache is not None, is_step)
         beta = self._writing_strength(hidden_states, k.shape[2], layout)
@@ -106,6 +115,7 @@ class DeltaNetMixer(nn.Module):
             o = delta_rule_step(q[:, 0], k[:, 0], v[:, 0], beta[:, 0], state, use_qk_l2norm_in_kernel=use_l2)[:, None]
             cache.advance(1)
         else:
+            state = None if state is None else state.to(beta.dtype)
             o, final_state = self.delta_rule(
                 q, k, v, beta, None, state, cache is not None, use_l2, cu_seqlens=layout.cu_seqlens
             )
@@ -116,6 +126,39 @@ class DeltaNetMixer(nn.Module):
         if self.use_gate:
             o = o * F.silu(self.g_proj(hidden_states)).unflatten(-1, (-1, self.head_v_dim))
         return self.o_proj(o.flatten(-2))
+
+    def _can_fuse(self, hidden_states: torch.Tensor) -> bool:
+        """Whether `decode_step` does what the modules between the projections would: they are our own, nobody watches them,
+        and their weights are here, which an offloaded module's are during its own forward only."""
+        return self.is_fusable and all(
+            type(module) is kind
+            and module.weight.device == hidden_states.device
+            and not (module._forward_hooks or module._forward_pre_hooks)
+            for module, kind in (
+                (self.q_conv1d, DeltaNetShortConvolution),
+                (self.k_conv1d, DeltaNetShortConvolution),
+                (self.v_conv1d, DeltaNetShortConvolution),
+                (self.o_norm, DeltaNetRMSNorm),
+            )
+        )
+
+    def _fused_step(self, hidden_states, cache, conv_states, state):
+        """`forward` for one token with a state and no padding, all states updated in place."""
+        o = decode_step(
+            self.q_proj(hidden_states)[:, 0],
+            self.k_proj(hidden_states)[:, 0],
+            self.v_proj(hidden_states)[:, 0],
+            self.b_proj(hidden_states)[:, 0] if self.use_beta else None,
+            self.g_proj(hidden_states)[:, 0] if self.use_gate else None,
+            conv_states,
+            state,
+            [local(convolution.weight) for convolution in (self.q_conv1d, self.k_conv1d, self.v_conv1d)],
+            local(self.o_norm.weight),
+            norm_eps=self.o_norm.eps,
+            beta_scale=self.beta_scale,
+        )
+        cache.advance(1)
+        return self.o_proj(o[:, None])
 
     def _project(self, hidden_states, conv_states, layout, output_state, is_step):
         """Queries, keys [B, T, H, K] and values [B, T, H, V] ready for the delta rule, and the convolutions' new states."""

@@ -14,6 +14,7 @@ import sys
 
 import torch
 
+from ..kernels.decode_step import decode_step
 from ..kernels.delta_rule import chunk_delta_rule, delta_rule_step, recurrent_delta_rule
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -58,12 +59,28 @@ def stepwise(x, cu_seqlens):
         return [*results, delta_rule_step(q[:, 0], k[:, 0], v[:, 0], beta[:, 0], state, state_indices=rows), state]
 
 
+def decoding(x, cu_seqlens, state_dtype, width):
+    """A layer's decoding step, its first row without a state."""
+    q, k, v, beta, h0 = x
+    tokens, state = [z[:, 0].flatten(1) for z in (q, k, v)], h0.to(state_dtype)
+    past = [torch.ones(len(z), z.shape[1], width - 1, device=z.device, dtype=z.dtype) for z in tokens]
+    weights = [torch.ones(z.shape[1], 1, width, device=z.device, dtype=z.dtype) for z in tokens]
+    rows, norm = torch.arange(len(q), device=q.device) - 1, torch.ones(v.shape[-1], device=v.device)
+    with torch.no_grad():
+        o = decode_step(*tokens, beta[:, 0], tokens[2], past, state, weights, norm, norm_eps=1e-6, state_indices=rows)
+    return [o, state, *past]
+
+
 def cases(names):
     """(description, what to call, its arguments without the device)."""
     for dtype, (K, V), shape in itertools.product(names, SIZES, SHAPES):
         for l2, states in ((True, True), (True, False), (False, True)):
             options = f"{'l2 ' if l2 else ''}{'states' if states else ''}"
             yield f"chunked {dtype} {K}x{V} {shape} {options}", chunked, (dtype, K, V, shape), (l2, states)
+        if shape in ("short", "many"):
+            for state_dtype, width in itertools.product((torch.float32, torch.bfloat16), (2, 4)):
+                name = f"decoding {dtype} {K}x{V} {shape} {state_dtype} {width}"
+                yield name, decoding, (dtype, K, V, shape), (state_dtype, width)
         if "long" not in shape:
             yield f"stepwise {dtype} {K}x{V} {shape}", stepwise, (dtype, K, V, shape), ()
 

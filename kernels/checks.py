@@ -35,8 +35,51 @@ def check_inputs(q, k, v, beta, initial_state: Optional[Tensor], cu_seqlens: Opt
 def check_step(q, k, v, beta, state: Tensor, state_indices: Optional[Tensor]) -> None:
     """Raise unless the arguments of `delta_rule_step` fit together; looks at shapes, dtypes and devices only."""
     _check_tokens(q, k, v, beta, ("B", "H"))
-    dtypes = (torch.float64,) if q.dtype == torch.float64 else (torch.float32, torch.bfloat16)
-    _check_state("state", state, q, v, dtypes)
+    _check_state("state", state, q, v, _step_dtypes(q))
+    _check_rows(q, state, state_indices)
+
+
+def check_decode_step(
+    q, k, v, beta, gate, q_past, k_past, v_past, state, q_weight, k_weight, v_weight, norm_weight, state_indices
+) -> None:  # fmt: skip
+    """Raise unless the arguments of `decode_step` fit together; looks at shapes, dtypes and devices only."""
+    for name, x, rank in (("q", q, 2), ("v", v, 2), ("state", state, 4), ("norm_weight", norm_weight, 1)):
+        if x.dim() != rank or 0 in x.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must have {rank} dimensions, none empty")
+    (B, keys), values, N = q.shape, v.shape[1], state.shape[0]
+    V, W = norm_weight.shape[0], q_weight.shape[-1]
+    H = max(1, values // V)
+    K = keys // H
+    for name, x, shape in (
+        ("q", q, (B, keys)), ("k", k, (B, keys)), ("v", v, (B, values)), ("beta", beta, (B, H)), ("gate", gate, (B, values)),
+        ("state", state, (N, H, K, V)), ("conv_states[0]", q_past, (N, keys, W - 1)),
+        ("conv_states[1]", k_past, (N, keys, W - 1)), ("conv_states[2]", v_past, (N, values, W - 1)),
+        ("conv_weights[0]", q_weight, (keys, 1, W)), ("conv_weights[1]", k_weight, (keys, 1, W)),
+        ("conv_weights[2]", v_weight, (values, 1, W)), ("norm_weight", norm_weight, (V,)),
+    ):  # fmt: skip
+        if x is None:
+            continue
+        if x.shape != shape:
+            fits = f"with q {tuple(q.shape)}, v of {values} channels and norm_weight {tuple(norm_weight.shape)}"
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {list(shape)} {fits}")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} and q on {q.device}; all arguments must be on one device")
+    if K > MAX_K:
+        raise ValueError(f"q and k have head size {K}; at most {MAX_K} is supported")
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q is {q.dtype}; it may be one of {_names(DTYPES)}")
+    for name, x in (("k", k), ("v", v), ("gate", gate)):
+        if x is not None and x.dtype != q.dtype:
+            raise TypeError(f"{name} is {x.dtype} and q {q.dtype}; q, k, v and gate must have one dtype")
+    _check_state_dtype("state", state, q, _step_dtypes(q))
+    _check_rows(q, state, state_indices)
+
+
+def _step_dtypes(q: Tensor) -> tuple[torch.dtype, ...]:
+    return (torch.float64,) if q.dtype == torch.float64 else (torch.float32, torch.bfloat16)
+
+
+def _check_rows(q: Tensor, state: Tensor, state_indices: Optional[Tensor]) -> None:
     if state_indices is not None:
         _check_index("state_indices", state_indices, q)
         if state_indices.shape[0] != q.shape[0]:
@@ -79,10 +122,14 @@ def _check_state(name: str, state: Tensor, q: Tensor, v: Tensor, dtypes: tuple[t
     if state.dim() != 4 or state.shape[1:] != shape:
         sizes = ", ".join(map(str, shape))
         raise ValueError(f"{name} has shape {tuple(state.shape)}; it must be [N, H, K, V] = [N, {sizes}]")
-    if state.dtype not in dtypes:
-        raise TypeError(f"{name} is {state.dtype}; with q in {q.dtype} it may be {_names(dtypes)}")
+    _check_state_dtype(name, state, q, dtypes)
     if state.device != q.device:
         raise ValueError(f"{name} is on {state.device} and q on {q.device}; all arguments must be on one device")
+
+
+def _check_state_dtype(name: str, state: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if state.dtype not in dtypes:
+        raise TypeError(f"{name} is {state.dtype}; with q in {q.dtype} it may be {_names(dtypes)}")
 
 
 def _check_index(name: str, index: Tensor, q: Tensor) -> None:
@@ -124,11 +171,11 @@ def check_boundary_values(cu_seqlens: Tensor, T: int) -> None:
         raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])}; there are {T} tokens")
 
 
-def check_step_values(beta: Tensor, state: Tensor, state_indices: Optional[Tensor]) -> None:
+def check_step_values(beta: Optional[Tensor], state: Tensor, state_indices: Optional[Tensor]) -> None:
     """Raise ValueError for NaN in beta, or indices outside [-1, N) or naming one state twice."""
-    if not _reads_values(beta):
+    if not _reads_values(state):
         return
-    if beta.isnan().any():
+    if beta is not None and beta.isnan().any():
         raise ValueError("beta contains NaN")
     if state_indices is None:
         return

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_inputs, check_step, check_step_values, check_values
-from .devices import fused_kernels_refuse, triton_version
+from .devices import fused_kernels_refuse, triton_missing
 from .reference import CHUNK, chunk_backward, chunk_forward, compute_dtype, recurrent_forward, step_forward
 
 NAMESPACE = "deltanet"
@@ -171,9 +171,8 @@ _RECURRENT = Implementation("recurrent", recurrent_forward, chunk_backward, step
 @functools.cache
 def _triton_implementations() -> tuple[Optional[tuple[Implementation, Implementation]], str]:
     """The chunked and the recurrent form in Triton, or None and why there are none."""
-    version = triton_version()
-    if version is None or version < (3, 6):
-        return None, "Triton 3.6 or newer is not installed"
+    if reason := triton_missing():
+        return None, reason
     try:
         from .chunk import chunk_backward as backward
         from .chunk import chunk_forward as forward
@@ -185,10 +184,16 @@ def _triton_implementations() -> tuple[Optional[tuple[Implementation, Implementa
     return (chunked, Implementation("triton recurrent", recurrence, backward, step, _saved_by_recurrence)), ""
 
 
-def _choose(q: Tensor, recurrent: bool) -> Implementation:
-    forced, K = os.environ.get("DELTANET_BACKEND", ""), q.shape[-1]
+def forced_backend() -> str:
+    """What DELTANET_BACKEND asks for, nothing where it is unset."""
+    forced = os.environ.get("DELTANET_BACKEND", "")
     if forced and forced not in BACKENDS:
         raise ValueError(f"DELTANET_BACKEND is {forced!r}; it may be one of {', '.join(BACKENDS)}, or unset")
+    return forced
+
+
+def _choose(q: Tensor, recurrent: bool) -> Implementation:
+    forced, K = forced_backend(), q.shape[-1]
     plain = _RECURRENT if recurrent else _TORCH
     if forced in ("torch", "recurrent"):
         return _announced(q, _RECURRENT if forced == "recurrent" else plain, "DELTANET_BACKEND asks for it")
@@ -227,7 +232,7 @@ def _own_precision(q: Tensor):
     return torch.autocast(q.device.type, enabled=False)
 
 
-def _registered(name: str):
+def registered(name: str):
     """The operator, when this file is already loaded under another module name, else None.
 
     pytest loads a package's root twice, and two Hub repositories may hold the same copy. To register again would free
@@ -252,8 +257,8 @@ _BACKWARD = (
 
 def _define(name: str, choose: Callable[[Tensor], Implementation]):
     """Register the operator `name` and its gradient, each running what `choose` picks for q."""
-    if _registered(name):
-        return _registered(name)
+    if registered(name):
+        return registered(name)
 
     def forward(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens, keep_states):
         check_values(q, beta, cu_seqlens)
@@ -347,8 +352,8 @@ def _refusing(name: str, op) -> type[torch.autograd.Function]:
 
 
 def _define_step():
-    if _registered("delta_rule_step"):
-        return _registered("delta_rule_step")
+    if registered("delta_rule_step"):
+        return registered("delta_rule_step")
 
     @torch.library.custom_op(f"{NAMESPACE}::delta_rule_step", mutates_args={"state"})
     def step(

@@ -32,6 +32,14 @@ def fused_kernels_refuse(device: torch.device, dtype: torch.dtype, K: int) -> st
     return ""
 
 
+def triton_missing() -> str:
+    """Why no fused kernel can be imported; empty where Triton is installed and new enough."""
+    version = triton_version()
+    if version is None:
+        return "Triton is not installed"
+    return "" if version >= (3, 6) else f"Triton {version[0]}.{version[1]} is older than 3.6"
+
+
 def on_device(x: Tensor):
     """Triton launches on the current device; this makes it that of x."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

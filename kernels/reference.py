@@ -328,9 +328,14 @@ def step_forward(q, k, v, beta, state, scale, use_l2, state_indices):
         if S is not state:
             state.copy_(S)
         return o
+    write_rows(state, rows, S, S + k[..., None] * v_new[..., None, :])
+    return o.masked_fill((rows < 0)[:, None, None], 0)
+
+
+def write_rows(states: Tensor, rows: Tensor, before: Tensor, after: Tensor) -> None:
+    """states[rows] = after, where a row of -1 writes nothing; `before` is states[rows], for it the first state."""
     valid = rows >= 0
-    S = torch.where(valid[:, None, None, None], S + k[..., None] * v_new[..., None, :], S)
+    values = torch.where(valid.view(-1, *[1] * (after.dim() - 1)), after, before)
     # A row to skip repeats the write of the first row that counts: no host synchronisation, no lost update.
     writer = torch.where(valid, torch.arange(len(rows), device=rows.device), valid.int().argmax())
-    state[rows[writer].clamp(min=0)] = S[writer].to(state.dtype)
-    return o.masked_fill(~valid[:, None, None], 0)
+    states[rows[writer].clamp(min=0)] = values[writer].to(states.dtype)

@@ -1,7 +1,8 @@
-"""What the chunk kernels become on a Hopper GPU, found out without one.
+"""What the kernels become on a Hopper GPU, found out without one.
 
-A forward and a backward pass over meta tensors run the package's own host code, its kernels replaced by recorders; what
-they were given is then compiled for sm_90a, and the resources are read from the code that came out.
+A call over meta tensors, for the chunk kernels a forward and a backward pass, runs the package's own host code, its kernels
+replaced by recorders; what they were given is then compiled for sm_90a, and the resources are read from the code that came
+out.
 """
 
 import collections
@@ -87,18 +88,26 @@ class _Recorder:
         self.launches.append(Launch(self.kernel, values, options))
 
 
+@contextlib.contextmanager
+def recording(module):
+    """A list that fills with what the kernels of a module are given, and meta as the device of new tensors."""
+    found = []
+    with contextlib.ExitStack() as stack:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            stack.enter_context(mock.patch.object(module, name, _Recorder(getattr(module, name), found)))
+        stack.enter_context(torch.device("meta"))
+        yield found
+
+
 def launches(plan: Plan) -> list[Launch]:
     """What a forward and a backward pass launch, with the L2 norm, an initial and a final state."""
     from deltanet.kernels import chunk
 
-    found = []
     with contextlib.ExitStack() as stack:
-        for name in [name for name in vars(chunk) if name.endswith("_kernel")]:
-            stack.enter_context(mock.patch.object(chunk, name, _Recorder(getattr(chunk, name), found)))
+        found = stack.enter_context(recording(chunk))
         stack.enter_context(mock.patch.object(chunk, "processors", lambda _: PROCESSORS))
         stack.enter_context(mock.patch.object(chunk, "shared_memory", lambda _: SHARED_MEMORY))
         stack.enter_context(mock.patch.object(chunk, "has_copy_engine", lambda _: plan.hopper))
-        stack.enter_context(torch.device("meta"))
         B, T, H = plan.B, plan.T, plan.H
         q, v = torch.empty(B, T, H, plan.K, dtype=plan.dtype), torch.empty(B, T, H, plan.V, dtype=plan.dtype)
         beta, h0 = torch.empty(B, T, H), torch.empty(plan.sequences or B, H, plan.K, plan.V)
@@ -122,17 +131,23 @@ def _source(launch: Launch):
             signature[name], attributes[place,] = POINTERS[x.dtype], [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if isinstance(x, float) else "i32"
+            if x % 16 == 0 and not launch.kernel.params[place].do_not_specialize:
+                attributes[place,] = [["tt.divisibility", 16]]
     source = GluonASTSource if launch.kernel.is_gluon() else ASTSource
     return source(fn=launch.kernel, signature=signature, constexprs=launch.constants, attrs=attributes)
 
 
-def resources(launch: Launch) -> Resources:
+def compile_launch(launch: Launch):
     """Compile for sm_90a with the assembler that Triton brings along."""
     import triton
     from triton.backends.compiler import GPUTarget
+
+    return triton.compile(_source(launch), target=GPUTarget("cuda", 90, 32), options=launch.options)
+
+
+def resources(compiled) -> Resources:
     from triton.knobs import nvidia
 
-    compiled = triton.compile(_source(launch), target=GPUTarget("cuda", 90, 32), options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -143,7 +158,7 @@ def resources(launch: Launch) -> Resources:
 
 
 def _compile(plan: Plan, index: int) -> Resources:
-    return resources(launches(plan)[index])  # kernels cannot be sent to another process, but are found again
+    return resources(compile_launch(launches(plan)[index]))  # kernels cannot be sent to another process, but are found again
 
 
 def compile_plans(plans: list[Plan], processes: int = 2) -> dict[Plan, dict[str, Resources]]:

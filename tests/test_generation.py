@@ -189,8 +189,8 @@ def test_decoding_takes_the_step(kind, implementation, monkeypatch):
     expected = generate(model, rows)
     for module in (layout_deltanet, modeling_deltanet):
         monkeypatch.setattr(module, "values_are_readable", lambda tensor: False)
-    calls, step = [], mixer_deltanet.delta_rule_step
-    monkeypatch.setattr(mixer_deltanet, "delta_rule_step", lambda *a, **k: calls.append(1) or step(*a, **k))
+    calls, step = [], mixer_deltanet.decode_step
+    monkeypatch.setattr(mixer_deltanet, "decode_step", lambda *a, **k: calls.append(1) or step(*a, **k))
     actual = generate(model, rows, cache_implementation=implementation)
     assert all(map(torch.equal, actual.rows, expected.rows))
     deltas = sum(block.is_delta for block in model.model.layers)
