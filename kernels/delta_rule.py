@@ -16,21 +16,18 @@ Glossary, the paper's symbols as they appear in every file of this folder:
 
 import functools
 import logging
-import os
 from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from .checks import check_inputs, check_step, check_step_values, check_values
-from .devices import fused_kernels_refuse
+from .devices import forced_backend, fused_kernels_refuse, triton_refuses
 from .reference import CHUNK, chunk_backward, chunk_forward, compute_dtype, recurrent_forward, step_forward
 
 NAMESPACE = "deltanet"
 """Namespace of the operators. A changed copy of this file (a Hub export) must use another: copies that share one share
 the operators of whichever was loaded first."""
-
-BACKENDS = ("torch", "recurrent", "triton")
 
 logger = logging.getLogger("deltanet.kernels")
 
@@ -162,12 +159,8 @@ _RECURRENT = Implementation("recurrent", recurrent_forward, chunk_backward, step
 @functools.cache
 def _triton_implementations() -> tuple[Optional[tuple[Implementation, Implementation]], str]:
     """The chunked and the recurrent form in Triton, or None and why there are none."""
-    try:
-        import triton
-    except ImportError:
-        return None, "Triton is not installed"
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
-        return None, f"Triton {triton.__version__} is older than 3.6"
+    if reason := triton_refuses():
+        return None, reason
     try:
         from .chunk import chunk_backward as backward
         from .chunk import chunk_forward as forward
@@ -180,9 +173,7 @@ def _triton_implementations() -> tuple[Optional[tuple[Implementation, Implementa
 
 
 def _choose(q: Tensor, recurrent: bool) -> Implementation:
-    forced, K = os.environ.get("DELTANET_BACKEND", ""), q.shape[-1]
-    if forced and forced not in BACKENDS:
-        raise ValueError(f"DELTANET_BACKEND is {forced!r}; it may be one of {', '.join(BACKENDS)}, or unset")
+    forced, K = forced_backend(), q.shape[-1]
     plain = _RECURRENT if recurrent else _TORCH
     if forced in ("torch", "recurrent"):
         return _announced(q, _RECURRENT if forced == "recurrent" else plain, "DELTANET_BACKEND asks for it")

@@ -7,9 +7,31 @@ import os
 import torch
 from torch import Tensor
 
+BACKENDS = ("torch", "recurrent", "triton")
+
 # Bytes of shared memory that a program must be able to have: 16-bit keys of more than 128 need all that Hopper gives,
 # float32 keys of more than 64 what an A100 does. float32 keys of more than 128 fit nowhere.
 _LONG_KEYS, _LONG_FLOAT32_KEYS = 227 * 1024, 160 * 1024
+
+
+def forced_backend() -> str:
+    """What DELTANET_BACKEND asks for, or nothing; raises ValueError where that is no implementation."""
+    forced = os.environ.get("DELTANET_BACKEND", "")
+    if forced and forced not in BACKENDS:
+        raise ValueError(f"DELTANET_BACKEND is {forced!r}; it may be one of {', '.join(BACKENDS)}, or unset")
+    return forced
+
+
+@functools.cache
+def triton_refuses() -> str:
+    """Why no Triton kernel can run; empty where they may."""
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        return f"Triton {triton.__version__} is older than 3.6"
+    return ""
 
 
 def fused_kernels_refuse(device: torch.device, dtype: torch.dtype, K: int) -> str:
