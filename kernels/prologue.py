@@ -9,7 +9,6 @@ delta rule's own kernels, where it costs a factor per row instead of a trip thro
 
 import functools
 import logging
-import os
 from typing import NamedTuple, Optional, Sequence
 
 import torch
@@ -201,7 +200,8 @@ def _define():
         weights, states = rest[:3], rest[3:6]
         results = [x.new_empty(x.shape) for x in (q, k, v)]
         dstates = [q.new_empty(0) if state is None else state.new_empty(state.shape) for state in states]
-        return *results, q.new_empty(0) if b is None else b.new_empty(b.shape), *(w.new_empty(w.shape) for w in weights), *dstates
+        db = q.new_empty(0) if b is None else b.new_empty(b.shape)
+        return *results, db, *(weight.new_empty(weight.shape) for weight in weights), *dstates
 
     forward.register_autograd(functools.partial(_differentiate, backward), setup_context=_save)
     backward.register_autograd(_refuse)

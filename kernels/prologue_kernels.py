@@ -231,7 +231,7 @@ def backward_kernel(
     for j in tl.static_range(W - 1):
         inputs += (_load_input(x, state, start - (W - 1) + j, x_t, opening, closing, column, inside, W, UNIT),)
         errors += (tl.zeros([BD], tl.float32),)
-    for j in tl.static_range(W):
+    for _ in tl.static_range(W):
         products += (tl.zeros([BD], tl.float32),)
     # The first W - 1 errors complete the gradients of the inputs before the strip, which are its own if they are a state.
     for j in tl.static_range(W - 1):

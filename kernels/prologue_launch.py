@@ -24,10 +24,10 @@ class Launch(NamedTuple):
 
 # By kernel and bytes of an element.
 LAUNCHES = {
-    ("forward", 2): Launch(256, 8, 1, 64, 16),
-    ("backward", 2): Launch(128, 8, 1, 128, 32),
-    ("forward", 4): Launch(128, 8, 1, 64, 16),
-    ("backward", 4): Launch(64, 8, 1, 128, 32),
+    ("forward", 2): Launch(128, 8, 1, 64, 16),
+    ("backward", 2): Launch(128, 4, 1, 128, 32),
+    ("forward", 4): Launch(128, 4, 1, 64, 16),
+    ("backward", 4): Launch(64, 4, 1, 128, 32),
 }
 _BETA_BLOCK = 256
 
