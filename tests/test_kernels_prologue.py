@@ -21,8 +21,8 @@ from deltanet.kernels.short_conv import padding_order, short_convolution
 CPU = torch.device("cpu")
 WIDTHS = (12, 16, 24)
 PACKS = [
-    ([0, 0, 1, 20, 22, 22, 35], 40, 4),  # empty sequences, one token, two, a strip and a bit, an unused tail
-    ([0, 0, 1, 3, 19], 19, 2),
+    ([0, 0, 1, 11, 13, 13, 14], 16, 4),  # empty sequences, one token, two, a strip and a bit, an unused tail
+    ([0, 0, 1, 3, 11], 11, 2),
     ([0, 2, 4, 4], 4, 3),
     ([0, 0], 5, 4),  # no sequence holds a token
 ]
@@ -33,7 +33,7 @@ def small(monkeypatch, nan_in_fresh_memory):
     """Tiles and strips that few channels and tokens overflow."""
     launch = pytest.importorskip("deltanet.kernels.prologue_launch")
     for key, value in launch.LAUNCHES.items():
-        monkeypatch.setitem(launch.LAUNCHES, key, value._replace(channels=16, unroll=4, strip=16, short_strip=16))
+        monkeypatch.setitem(launch.LAUNCHES, key, value._replace(channels=32, unroll=4, strip=8, short_strip=8))
 
 
 def interpreted(test):
@@ -52,15 +52,15 @@ def same(actual, expected):
 
 
 @interpreted
-@pytest.mark.parametrize("B, T, W", [(1, 1, 2), (1, 2, 4), (2, 3, 3), (2, 16, 4), (1, 19, 2), (1, 35, 4)])
+@pytest.mark.parametrize("B, T, W", [(1, 1, 2), (1, 2, 4), (2, 3, 3), (2, 8, 4), (1, 11, 2), (1, 19, 4)])
 def test_lengths_and_widths(B, T, W):
-    run(Case(CPU, torch.float32, T, WIDTHS, W, B))
+    run(Case(CPU, torch.float32, T, (20, 32, 40), W, B))
 
 
 @interpreted
-@pytest.mark.parametrize("bounds", [None, [0, 1, 17]])
+@pytest.mark.parametrize("bounds", [None, [0, 1, 10]])
 def test_half_precision(bounds):
-    run(Case(CPU, torch.float16, 19, WIDTHS, bounds=bounds))
+    run(Case(CPU, torch.float16, 11, WIDTHS, bounds=bounds))
 
 
 @interpreted
@@ -72,9 +72,9 @@ def test_packs(bounds, T, W):
 
 
 @interpreted
-@pytest.mark.parametrize("bounds", [None, [0, 0, 2, 17]])
+@pytest.mark.parametrize("bounds", [None, [0, 0, 2, 11]])
 def test_without_states(bounds):
-    case = Case(CPU, torch.float32, 19, WIDTHS, bounds=bounds, states=False)
+    case = Case(CPU, torch.float32, 12, WIDTHS, bounds=bounds, states=False)
     run(case)
     with torch.no_grad():
         results = delta_rule_prologue(*case.streams, None, case.weights, cu_seqlens=case.cu_seqlens)
@@ -84,7 +84,7 @@ def test_without_states(bounds):
 
 @interpreted
 def test_what_a_sequence_or_padding_holds_stays_there():
-    case = Case(CPU, torch.float32, 19, WIDTHS, bounds=[0, 5, 9])
+    case = Case(CPU, torch.float32, 11, WIDTHS, bounds=[0, 5, 9])
     clean = case.actual()
     case.streams = [x.clone() for x in case.streams]
     for x in case.streams:
@@ -97,9 +97,9 @@ def test_what_a_sequence_or_padding_holds_stays_there():
 @interpreted
 @pytest.mark.parametrize("step", [1, 2], ids=["dense rows", "every other element"])
 def test_views_of_a_packed_projection(step):
-    case = Case(CPU, torch.float32, 19, WIDTHS, B=2)
+    case = Case(CPU, torch.float32, 5, WIDTHS, B=2)
     expected, parts = case.actual(), [*case.streams, case.b]
-    packed = torch.empty(19, 2, sum(x.shape[2] for x in parts) * step).transpose(0, 1)[..., ::step]
+    packed = torch.empty(5, 2, sum(x.shape[2] for x in parts) * step).transpose(0, 1)[..., ::step]
     views = packed.copy_(torch.cat(parts, -1)).split([x.shape[2] for x in parts], -1)
     case.streams, case.b = list(views[:3]), views[3]
     case.states = [x.mT.contiguous().mT for x in case.states]
@@ -109,9 +109,9 @@ def test_views_of_a_packed_projection(step):
 
 @interpreted
 def test_a_gradient_of_some_results():
-    case = Case(CPU, torch.float32, 5, WIDTHS)
+    case = Case(CPU, torch.float32, 3, WIDTHS)
     for kept in ((1,), (3,), (5,)):
-        one, inputs = Case(CPU, torch.float32, 5, WIDTHS), [x.detach().requires_grad_() for x in case.inputs]
+        one, inputs = Case(CPU, torch.float32, 3, WIDTHS), [x.detach().requires_grad_() for x in case.inputs]
         one.gradients = [g if i in kept else g.zero_() for i, g in enumerate(one.gradients)]
         results, given = case.call(inputs), [case.gradients[i] for i in kept]
         actual = torch.autograd.grad([results[i] for i in kept], inputs, given, allow_unused=True, materialize_grads=True)
@@ -120,7 +120,7 @@ def test_a_gradient_of_some_results():
 
 @interpreted
 def test_runs_repeat_bit_for_bit():
-    case = Case(CPU, torch.float16, 35, WIDTHS)
+    case = Case(CPU, torch.float16, 11, WIDTHS)
     assert same(case.actual(), case.actual())
 
 
@@ -134,9 +134,9 @@ def test_differentiable_once():
 
 
 @interpreted
-@pytest.mark.parametrize("bounds, states", [(None, False), ([0, 2, 3], True)])
+@pytest.mark.parametrize("bounds, states", [(None, False), ([0, 1, 2], True)])
 def test_operator_is_registered_as_pytorch_wants(bounds, states):
-    case = Case(CPU, torch.float32, 4, WIDTHS, bounds=bounds, states=states)
+    case = Case(CPU, torch.float32, 3, WIDTHS, 2, bounds=bounds, states=states)
     tensors = [x.requires_grad_() for x in (*case.streams, case.b, *case.weights)]
     torch.library.opcheck(module._op, (*tensors, *case.states, 2.0, states, case.cu_seqlens))
 
@@ -153,7 +153,7 @@ def test_compile_fullgraph_any_length():
         )
         return [*results, *finals]
 
-    for T in (5, 9):
+    for T in (5, 6):
         case = Case(CPU, torch.float32, T, WIDTHS, B=2)
         expected = case.actual()
         case.call = lambda inputs: compiled(*inputs)
