@@ -1,4 +1,4 @@
-"""What the chunk kernels become on a Hopper GPU, found out without one.
+"""What the kernels become on a Hopper GPU, found out without one.
 
 A forward and a backward pass over meta tensors run the package's own host code, its kernels replaced by recorders; what
 they were given is then compiled for sm_90a, and the resources are read from the code that came out.
@@ -79,17 +79,25 @@ class _Recorder:
         self.launches.append(Launch(self.kernel, values, options))
 
 
+@contextlib.contextmanager
+def recording(module, **device):
+    """The list that fills with what the host code of `module` launches, on meta tensors and for a `device` of these
+    figures."""
+    found = []
+    with contextlib.ExitStack() as stack:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            stack.enter_context(mock.patch.object(module, name, _Recorder(getattr(module, name), found)))
+        for name, value in device.items():
+            stack.enter_context(mock.patch.object(module, name, lambda _, value=value: value))
+        stack.enter_context(torch.device("meta"))
+        yield found
+
+
 def launches(plan: Plan) -> list[Launch]:
     """What a forward and a backward pass launch, with the L2 norm, an initial and a final state."""
     from deltanet.kernels import chunk
 
-    found = []
-    with contextlib.ExitStack() as stack:
-        for name in [name for name in vars(chunk) if name.endswith("_kernel")]:
-            stack.enter_context(mock.patch.object(chunk, name, _Recorder(getattr(chunk, name), found)))
-        stack.enter_context(mock.patch.object(chunk, "processors", lambda _: PROCESSORS))
-        stack.enter_context(mock.patch.object(chunk, "shared_memory", lambda _: SHARED_MEMORY))
-        stack.enter_context(torch.device("meta"))
+    with recording(chunk, processors=PROCESSORS, shared_memory=SHARED_MEMORY) as found:
         B, T, H = plan.B, plan.T, plan.H
         q, v = torch.empty(B, T, H, plan.K, dtype=plan.dtype), torch.empty(B, T, H, plan.V, dtype=plan.dtype)
         beta, h0 = torch.empty(B, T, H), torch.empty(plan.sequences or B, H, plan.K, plan.V)
@@ -97,6 +105,19 @@ def launches(plan: Plan) -> list[Launch]:
         _, _, tau, factors = chunk.chunk_forward(q, q, v, beta, 1.0, h0, True, True, bounds)
         chunk.chunk_backward(v, h0, q, q, v, beta, tau, factors, 1.0, h0, True, bounds)
     return list({launch.key: launch for launch in found}.values())
+
+
+def specialisations(launch: Launch) -> list[str]:
+    """Parameters whose value or address would make Triton compile again: 1, a multiple of 16, an odd start."""
+    found = []
+    for parameter in launch.kernel.params:
+        value = launch.values[parameter.name]
+        if isinstance(value, torch.Tensor):
+            if value.storage_offset() * value.itemsize % 16:
+                found.append(parameter.name)
+        elif parameter.name not in launch.constants and not parameter.do_not_specialize:
+            found.append(parameter.name)
+    return found
 
 
 def _source(launch: Launch):
