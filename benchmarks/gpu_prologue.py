@@ -46,31 +46,27 @@ def ours(q, k, v, b, *weights):
     return delta_rule_prologue(q, k, v, b, weights)[:4]
 
 
-def load_fla(shape, device):
-    """fla's layer up to the delta rule: the convolutions as modules, whose weights are ours."""
+def load_fla(shape, inputs):
+    """fla's layer up to the delta rule, and its inputs: the convolutions are modules, which own their weights."""
     from fla.modules import ShortConvolution
     from fla.modules.l2norm import l2norm
 
-    channels = shape["H"] * shape["D"]
-    modules = [ShortConvolution(channels, WIDTH, activation="silu", device=device, dtype=torch.bfloat16) for _ in range(3)]
+    options = {"activation": "silu", "device": inputs[0].device, "dtype": inputs[0].dtype}
+    modules = [ShortConvolution(weight.shape[0], WIDTH, **options) for weight in inputs[4:]]
+    for module, weight in zip(modules, inputs[4:]):
+        module.weight.data.copy_(weight)
 
-    def prologue(q, k, v, b, *weights):
-        for module, weight in zip(modules, weights):
-            module.weight = weight
+    def prologue(q, k, v, b, *_):
         q, k, v = (module(x)[0] for module, x in zip(modules, (q, k, v)))
         return *(l2norm(x.unflatten(-1, (-1, shape["D"]))) for x in (q, k)), v, b.sigmoid()
 
-    return prologue
+    return prologue, [*inputs[:4], *(module.weight for module in modules)]
 
 
 def calls(peer, shape, device):
     """{"forward": ..., "backward": ...} of a peer, functions without arguments; the backward repeats on one graph."""
     inputs = setup(device, **shape)
-    run = load_fla(shape, device) if peer.startswith("fla") else ours
-    if peer.startswith("fla"):
-        # Parameters, which a module insists on; they are leaves like the others.
-        inputs[4:] = [torch.nn.Parameter(weight.detach()) for weight in inputs[4:]]
-    return passes(run, inputs)
+    return passes(*(load_fla(shape, inputs) if peer.startswith("fla") else (ours, inputs)))
 
 
 def passes(run, inputs):
