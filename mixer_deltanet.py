@@ -4,6 +4,8 @@ The delta-rule layer of DeltaNet, the paper's section 3.3, with the norm and the
 `modeling_deltanet.py` has the formulas; the delta rule itself is in `kernels/delta_rule.py`.
 """
 
+from typing import Any, Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,8 +15,9 @@ from .cache_deltanet import delta_cache_layer, prefetch_next_layer
 from .configuration_deltanet import DeltaNetConfig
 from .kernels.decode_step import decode_step
 from .kernels.delta_rule import chunk_delta_rule, delta_rule_step, recurrent_delta_rule
+from .kernels.prologue import delta_rule_prologue
 from .kernels.reference import compute_dtype
-from .kernels.short_conv import short_convolution, short_convolution_step
+from .kernels.short_conv import short_convolution_step
 from .layout_deltanet import TokenLayout
 
 
@@ -39,30 +42,12 @@ class DeltaNetRMSNorm(nn.Module):
 class DeltaNetShortConvolution(nn.Conv1d):
     """Depthwise causal convolution, its weight [D, 1, W] used nowhere else (offloading and sharding rely on that)."""
 
-    def __init__(self, dim: int, width: int, activation: str | None):
+    def __init__(self, dim: int, width: int):
         super().__init__(dim, dim, width, groups=dim, bias=False)
-        self.activation = activation
 
-    def forward(
-        self, x: torch.Tensor, state: torch.Tensor | None, layout: TokenLayout, output_state: bool, in_place: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [B, T, D] -> (y [B, T, D], state [B, D, W - 1] or `None`); `in_place` updates `state` for a single token."""
-        weight = local(self.weight)
-        if in_place:
-            return short_convolution_step(x[:, 0], weight, None, self.activation, state)[:, None], None
-        order = layout.order
-        if order is not None and state is None and not output_state:
-            # Nothing precedes or follows, so zeros in place of padding are exact and cheaper than stepping over it.
-            x, order = x.masked_fill(~layout.real[..., None], 0), None
-        return short_convolution(
-            x,
-            weight,
-            activation=self.activation,
-            initial_state=state,
-            output_final_state=output_state,
-            cu_seqlens=layout.cu_seqlens,
-            padding_order=order,
-        )
+    def forward(self, convolve: Callable[[torch.Tensor], Any]) -> Any:
+        """`convolve(weight)`: whatever puts the weight in place for the time of a forward has done so."""
+        return convolve(local(self.weight))
 
 
 class DeltaNetMixer(nn.Module):
@@ -72,6 +57,8 @@ class DeltaNetMixer(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.qk_activation, self.qk_norm = config.qk_activation, config.qk_norm
+        qk_silu = "silu" if config.qk_activation == "silu" else None
+        self.activations = (qk_silu, qk_silu, "silu")
         self.use_short_conv, self.use_beta, self.use_gate = config.use_short_conv, config.use_beta, config.use_gate
         self.is_fusable = config.use_short_conv and config.qk_activation == "silu" and config.qk_norm == "l2"
         self.beta_scale = 2.0 if config.allow_neg_eigval else 1.0
@@ -86,10 +73,9 @@ class DeltaNetMixer(nn.Module):
         if config.use_beta:
             self.b_proj = nn.Linear(hidden_size, num_heads, bias=False)
         if config.use_short_conv:
-            qk_silu = "silu" if config.qk_activation == "silu" else None
-            self.q_conv1d = DeltaNetShortConvolution(key_dim, config.conv_size, qk_silu)
-            self.k_conv1d = DeltaNetShortConvolution(key_dim, config.conv_size, qk_silu)
-            self.v_conv1d = DeltaNetShortConvolution(value_dim, config.conv_size, "silu")
+            self.q_conv1d = DeltaNetShortConvolution(key_dim, config.conv_size)
+            self.k_conv1d = DeltaNetShortConvolution(key_dim, config.conv_size)
+            self.v_conv1d = DeltaNetShortConvolution(value_dim, config.conv_size)
         if config.use_gate:
             self.g_proj = nn.Linear(hidden_size, value_dim, bias=False)
         self.o_norm = DeltaNetRMSNorm(self.head_v_dim, config.norm_eps)
@@ -108,8 +94,7 @@ class DeltaNetMixer(nn.Module):
         if is_step and self._can_fuse(hidden_states):
             return self._fused_step(hidden_states, cache, conv_states, state)
 
-        q, k, v, conv_states = self._project(hidden_states, conv_states, layout, cache is not None, is_step)
-        beta = self._writing_strength(hidden_states, k.shape[2], layout)
+        q, k, v, beta, conv_states = self._project(hidden_states, conv_states, layout, cache is not None, is_step)
         use_l2 = self.qk_norm == "l2"
         if is_step:
             o = delta_rule_step(q[:, 0], k[:, 0], v[:, 0], beta[:, 0], state, use_qk_l2norm_in_kernel=use_l2)[:, None]
@@ -161,18 +146,47 @@ class DeltaNetMixer(nn.Module):
         return self.o_proj(o[:, None])
 
     def _project(self, hidden_states, conv_states, layout, output_state, is_step):
-        """Queries, keys [B, T, H, K] and values [B, T, H, V] ready for the delta rule, and the convolutions' new states."""
+        """Queries, keys [B, T, H, K], values [B, T, H, V] and beta [B, T, H] ready for the delta rule, and the new states of
+        the convolutions, none where a single token has updated them in place."""
         streams = [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)]
-        new_states = [None, None, None]
-        if self.use_short_conv:
-            convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-            for i, convolution in enumerate(convolutions):
-                streams[i], new_states[i] = convolution(streams[i], conv_states[i], layout, output_state, is_step)
+        b, beta, new_states = self.b_proj(hidden_states) if self.use_beta else None, None, [None] * 3
+        if not self.use_short_conv:
+            streams = [F.silu(x) if activation else x for x, activation in zip(streams, self.activations)]
+        elif is_step:
+            streams = self._with_kernels(lambda weights: self._step(streams, weights, conv_states))
         else:
-            activated = (0, 1, 2) if self.qk_activation == "silu" else (2,)
-            streams = [F.silu(x) if i in activated else x for i, x in enumerate(streams)]
+            *streams, beta, new_states = self._with_kernels(
+                lambda weights: self._convolve(streams, b, weights, conv_states, layout, output_state)
+            )
         q, k = (self._feature_map(x.unflatten(-1, (-1, self.head_k_dim)), layout) for x in streams[:2])
-        return q, k, streams[2].unflatten(-1, (-1, self.head_v_dim)), new_states
+        v = streams[2].unflatten(-1, (-1, self.head_v_dim))
+        return q, k, v, self._writing_strength(b, beta, v, layout), new_states
+
+    def _with_kernels(self, run: Callable[[list[torch.Tensor]], Any]) -> Any:
+        """`run(weights)` of the three convolutions, within the forward of each, see `DeltaNetShortConvolution`."""
+        return self.q_conv1d(lambda q: self.k_conv1d(lambda k: self.v_conv1d(lambda v: run([q, k, v]))))
+
+    def _step(self, streams, weights, conv_states):
+        """One token; `conv_states` are updated in place."""
+        rows = zip(streams, weights, self.activations, conv_states)
+        return [short_convolution_step(x[:, 0], w, None, activation, state)[:, None] for x, w, activation, state in rows]
+
+    def _convolve(self, streams, b, weights, conv_states, layout, output_state):
+        order = layout.order
+        if order is not None and not output_state and conv_states[0] is None:
+            # Nothing precedes or follows, so zeros in place of padding are exact and cheaper than stepping over it.
+            streams, order = [x.masked_fill(~layout.real[..., None], 0) for x in streams], None
+        return delta_rule_prologue(
+            *streams,
+            b,
+            weights,
+            beta_scale=self.beta_scale,
+            activations=self.activations,
+            initial_states=conv_states,
+            output_final_state=output_state,
+            cu_seqlens=layout.cu_seqlens,
+            padding_order=order,
+        )
 
     def _feature_map(self, x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         """Activations other than SiLU, and the normalisation by the sum; the L2 norm is the operation's own."""
@@ -188,13 +202,13 @@ class DeltaNetMixer(nn.Module):
             x = (x / total).to(x.dtype)
         return x
 
-    def _writing_strength(self, hidden_states: torch.Tensor, num_heads: int, layout: TokenLayout) -> torch.Tensor:
+    def _writing_strength(self, b, beta, v: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         """Beta, [B, T, H] in float32 (float64 in a float64 model), zero at padding; H is this rank's share of the heads."""
-        dtype = compute_dtype(hidden_states.dtype)
-        if self.use_beta:
-            beta = self.b_proj(hidden_states).to(dtype).sigmoid() * self.beta_scale
-        else:
-            beta = hidden_states.new_full((*hidden_states.shape[:2], num_heads), self.beta_scale, dtype=dtype)
+        dtype = compute_dtype(v.dtype)
+        if not self.use_beta:
+            beta = v.new_full(v.shape[:3], self.beta_scale, dtype=dtype)
+        elif beta is None:
+            beta = b.to(dtype).sigmoid() * self.beta_scale
         return beta if layout.real is None else beta.masked_fill(~layout.real[..., None], 0)
 
 

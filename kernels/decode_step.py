@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_decode_step, check_step_values
-from .delta_rule import NAMESPACE, forced_backend, registered
-from .devices import fused_kernels_refuse, triton_missing
+from .delta_rule import NAMESPACE, registered
+from .devices import forced_backend, fused_kernels_refuse, triton_refuses
 from .reference import compute_dtype, step_forward, write_rows
 from .short_conv import short_convolution_step
 
@@ -122,7 +122,7 @@ def _is_dense(q, k, v, beta, gate, q_past, k_past, v_past, state, *weights) -> b
 def _refusal(device: torch.device, dtype: torch.dtype, W: int, is_dense: bool) -> str:
     """Why the kernel cannot run; empty where it can."""
     # Heads of one: the step needs next to no shared memory, whatever the head size.
-    if reason := triton_missing() or fused_kernels_refuse(device, dtype, 1):
+    if reason := triton_refuses() or fused_kernels_refuse(device, dtype, 1):
         return reason
     if W not in WIDTHS:
         return f"the decoding kernel takes convolutions of width {WIDTHS.start} to {WIDTHS.stop - 1}, not {W}"

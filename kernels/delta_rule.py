@@ -16,21 +16,18 @@ Glossary, the paper's symbols as they appear in every file of this folder:
 
 import functools
 import logging
-import os
 from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from .checks import check_inputs, check_step, check_step_values, check_values
-from .devices import fused_kernels_refuse, triton_missing
+from .devices import forced_backend, fused_kernels_refuse, triton_refuses
 from .reference import CHUNK, chunk_backward, chunk_forward, compute_dtype, recurrent_forward, step_forward
 
 NAMESPACE = "deltanet"
 """Namespace of the operators. A changed copy of this file (a Hub export) must use another: copies that share one share
 the operators of whichever was loaded first."""
-
-BACKENDS = ("torch", "recurrent", "triton")
 
 logger = logging.getLogger("deltanet.kernels")
 
@@ -171,7 +168,7 @@ _RECURRENT = Implementation("recurrent", recurrent_forward, chunk_backward, step
 @functools.cache
 def _triton_implementations() -> tuple[Optional[tuple[Implementation, Implementation]], str]:
     """The chunked and the recurrent form in Triton, or None and why there are none."""
-    if reason := triton_missing():
+    if reason := triton_refuses():
         return None, reason
     try:
         from .chunk import chunk_backward as backward
@@ -182,14 +179,6 @@ def _triton_implementations() -> tuple[Optional[tuple[Implementation, Implementa
         return None, f"the Triton kernels cannot be imported ({error})"
     chunked = Implementation("triton", forward, backward, step, _saved_by_triton, keeps_states=True)
     return (chunked, Implementation("triton recurrent", recurrence, backward, step, _saved_by_recurrence)), ""
-
-
-def forced_backend() -> str:
-    """What DELTANET_BACKEND asks for, nothing where it is unset."""
-    forced = os.environ.get("DELTANET_BACKEND", "")
-    if forced and forced not in BACKENDS:
-        raise ValueError(f"DELTANET_BACKEND is {forced!r}; it may be one of {', '.join(BACKENDS)}, or unset")
-    return forced
 
 
 def _choose(q: Tensor, recurrent: bool) -> Implementation:

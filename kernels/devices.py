@@ -8,9 +8,28 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+BACKENDS = ("torch", "recurrent", "triton")
+
 # Bytes of shared memory that a program must be able to have: 16-bit keys of more than 128 need all that Hopper gives,
 # float32 keys of more than 64 what an A100 does. float32 keys of more than 128 fit nowhere.
 _LONG_KEYS, _LONG_FLOAT32_KEYS = 227 * 1024, 160 * 1024
+
+
+def forced_backend() -> str:
+    """What DELTANET_BACKEND asks for, or nothing; raises ValueError where that is no implementation."""
+    forced = os.environ.get("DELTANET_BACKEND", "")
+    if forced and forced not in BACKENDS:
+        raise ValueError(f"DELTANET_BACKEND is {forced!r}; it may be one of {', '.join(BACKENDS)}, or unset")
+    return forced
+
+
+@functools.cache
+def triton_refuses() -> str:
+    """Why no Triton kernel can run; empty where they may."""
+    version = triton_version()
+    if version is None:
+        return "Triton is not installed"
+    return "" if version >= (3, 6) else f"Triton {version[0]}.{version[1]} is older than 3.6"
 
 
 def fused_kernels_refuse(device: torch.device, dtype: torch.dtype, K: int) -> str:
@@ -30,14 +49,6 @@ def fused_kernels_refuse(device: torch.device, dtype: torch.dtype, K: int) -> st
     if shared_memory(device) < needed:
         return f"{dtype} with heads of {K} does not fit the {shared_memory(device)} bytes of shared memory of this GPU"
     return ""
-
-
-def triton_missing() -> str:
-    """Why no fused kernel can be imported; empty where Triton is installed and new enough."""
-    version = triton_version()
-    if version is None:
-        return "Triton is not installed"
-    return "" if version >= (3, 6) else f"Triton {version[0]}.{version[1]} is older than 3.6"
 
 
 def on_device(x: Tensor):

@@ -73,7 +73,7 @@ def short_convolution(
     Raises:
         ValueError, TypeError: an argument does not fit.
     """
-    _check(x, weight, activation, initial_state, cu_seqlens, padding_order)
+    check_convolution(x, weight, activation, initial_state, cu_seqlens, padding_order)
     if cu_seqlens is not None:
         return _packed(x, weight, bias, activation, initial_state, output_final_state, cu_seqlens)
     past, (B, T, D) = weight.shape[-1] - 1, x.shape
@@ -91,7 +91,8 @@ def short_convolution(
     return y, _as_state(rows[:, T:]) if output_final_state else None
 
 
-def _check(x, weight, activation, initial_state, cu_seqlens, padding_order) -> None:
+def check_convolution(x, weight, activation, initial_state, cu_seqlens, padding_order) -> None:
+    """Raise unless the arguments of `short_convolution` fit together."""
     if x.dim() != 3 or 0 in x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, T, D], no dimension empty")
     if not x.is_floating_point():

@@ -89,12 +89,15 @@ class _Recorder:
 
 
 @contextlib.contextmanager
-def recording(module):
-    """A list that fills with what the kernels of a module are given, and meta as the device of new tensors."""
+def recording(module, **device):
+    """The list that fills with what the host code of `module` launches, on meta tensors and for a `device` of these
+    figures."""
     found = []
     with contextlib.ExitStack() as stack:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             stack.enter_context(mock.patch.object(module, name, _Recorder(getattr(module, name), found)))
+        for name, value in device.items():
+            stack.enter_context(mock.patch.object(module, name, lambda _, value=value: value))
         stack.enter_context(torch.device("meta"))
         yield found
 
@@ -103,11 +106,7 @@ def launches(plan: Plan) -> list[Launch]:
     """What a forward and a backward pass launch, with the L2 norm, an initial and a final state."""
     from deltanet.kernels import chunk
 
-    with contextlib.ExitStack() as stack:
-        found = stack.enter_context(recording(chunk))
-        stack.enter_context(mock.patch.object(chunk, "processors", lambda _: PROCESSORS))
-        stack.enter_context(mock.patch.object(chunk, "shared_memory", lambda _: SHARED_MEMORY))
-        stack.enter_context(mock.patch.object(chunk, "has_copy_engine", lambda _: plan.hopper))
+    with recording(chunk, processors=PROCESSORS, shared_memory=SHARED_MEMORY, has_copy_engine=plan.hopper) as found:
         B, T, H = plan.B, plan.T, plan.H
         q, v = torch.empty(B, T, H, plan.K, dtype=plan.dtype), torch.empty(B, T, H, plan.V, dtype=plan.dtype)
         beta, h0 = torch.empty(B, T, H), torch.empty(plan.sequences or B, H, plan.K, plan.V)
@@ -115,6 +114,21 @@ def launches(plan: Plan) -> list[Launch]:
         _, _, *saved = chunk.chunk_forward(q, q, v, beta, 1.0, h0, True, True, bounds)
         chunk.chunk_backward(v, h0, q, q, v, beta, *saved, 1.0, h0, True, bounds)
     return list({launch.key: launch for launch in found}.values())
+
+
+def specialisations(launch: Launch) -> list[str]:
+    """Parameters whose value or address would make Triton compile again: 1, a multiple of 16, an odd start."""
+    found = []
+    for parameter in launch.kernel.params:
+        value = launch.values[parameter.name]
+        if isinstance(value, torch.Tensor):
+            if value.storage_offset() * value.itemsize % 16:
+                found.append(parameter.name)
+        elif descriptor_type(value):
+            continue
+        elif parameter.name not in launch.constants and not parameter.do_not_specialize:
+            found.append(parameter.name)
+    return found
 
 
 def _source(launch: Launch):

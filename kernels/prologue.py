@@ -1,0 +1,241 @@
+"""The prologue of the delta rule: short convolutions and SiLU of q, k and v, and the writing strength, in one operation.
+
+    q, k, v = silu(short_convolution(q)), ...          beta = beta_scale sigmoid(b)
+
+On a GPU one kernel reads the projections in place, and one goes back (`prologue_kernels.py`); everywhere else, and for
+what those do not take, the same is composed out of `short_conv.py` and PyTorch. The L2 norm of q and k belongs to the
+delta rule's own kernels, where it costs a factor per row instead of a trip through memory.
+"""
+
+import functools
+import logging
+from typing import NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from .delta_rule import NAMESPACE
+from .devices import forced_backend, fused_kernels_refuse, triton_refuses
+from .reference import compute_dtype
+from .short_conv import PaddingOrder, check_convolution, short_convolution
+
+logger = logging.getLogger("deltanet.kernels")
+
+WIDTHS = (2, 3, 4)
+"""Widths of a convolution that the kernels take."""
+
+
+class Prologue(NamedTuple):
+    """q [B, T, Dk], k [B, T, Dk] and v [B, T, Dv] in the dtype they came in, beta [B, T, H] float32, None without b, and
+    the final states [N, D, W - 1] of q, k and v, Nones where they were not asked for."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Optional[Tensor]
+    final_states: tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]
+
+
+def delta_rule_prologue(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b: Optional[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    beta_scale: float = 1.0,
+    activations: Sequence[Optional[str]] = ("silu", "silu", "silu"),
+    initial_states: Sequence[Optional[Tensor]] = (None, None, None),
+    output_final_state: bool = False,
+    cu_seqlens: Optional[Tensor] = None,
+    padding_order: Optional[PaddingOrder] = None,
+) -> Prologue:
+    """Convolutions of the projections q, k and v, and beta from the projection b.
+
+    Args:
+        q, k, v: [B, T, D], each with a D of its own and any strides; rows that are not dense are copied.
+        b: [B, T, H], or None.
+        weights: [D, 1, W] of q, k and v.
+        beta_scale: multiplies sigmoid(b): 2 allows negative eigenvalues.
+        activations: of q, k and v, "silu" or None.
+        initial_states, output_final_state, cu_seqlens, padding_order: as in `short_convolution`, the states as three.
+
+    All arithmetic is float32 (float64 for float64), with one rounding at the end. The fused kernels take SiLU for all
+    three, one width of 2 to 4, one dtype other than float64, and no padding_order; they are differentiable once, sum in
+    a fixed order, and never wait for the device.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, as in `short_convolution`.
+        RuntimeError: DELTANET_BACKEND names an implementation that cannot run here.
+    """
+    streams = (q, k, v)
+    for x, weight, activation, state in zip(streams, weights, activations, initial_states, strict=True):
+        check_convolution(x, weight, activation, state, cu_seqlens, padding_order)
+    for name, x in (("k", k), ("v", v), ("b", b)):
+        if x is not None and (x.dim() != 3 or x.shape[:2] != q.shape[:2]):
+            raise ValueError(f"{name} has shape {tuple(x.shape)} and q {tuple(q.shape)}; [B, T] must be equal")
+    reason = _not_covered(streams, weights, activations, initial_states, padding_order)
+    if _is_fused(q.device, q.dtype, reason):
+        results = _op(*streams, b, *weights, *initial_states, float(beta_scale), output_final_state, cu_seqlens)
+        finals = results[4:] if output_final_state else (None, None, None)
+        return Prologue(*results[:3], None if b is None else results[3], tuple(finals))
+    convolved = [
+        short_convolution(x, weight, None, activation, state, output_final_state, cu_seqlens, padding_order)
+        for x, weight, activation, state in zip(streams, weights, activations, initial_states)
+    ]
+    beta = None if b is None else b.to(compute_dtype(b.dtype)).sigmoid() * beta_scale
+    return Prologue(*(y for y, _ in convolved), beta, tuple(final for _, final in convolved))
+
+
+def _not_covered(streams, weights, activations, initial_states, padding_order) -> str:
+    """Why the kernels do not take these arguments, on any device; empty where they do."""
+    width = weights[0].shape[-1]
+    if padding_order is not None:
+        return "padding must be stepped over"
+    if any(activation != "silu" for activation in activations):
+        return "an activation other than SiLU"
+    if width not in WIDTHS or any(weight.shape[-1] != width for weight in weights):
+        return f"widths {[weight.shape[-1] for weight in weights]}, not one of {', '.join(map(str, WIDTHS))}"
+    given = [state for state in initial_states if state is not None]
+    if len(given) not in (0, 3) or any(len({x.dtype for x in xs}) > 1 for xs in (streams, weights, given)):
+        return "q, k and v differ in their dtypes or states"
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def _is_fused(device: torch.device, dtype: torch.dtype, not_covered: str) -> bool:
+    """Whether the kernels run; a compiled graph keeps the answer."""
+    forced = forced_backend()
+    if forced in ("torch", "recurrent"):
+        return _announced(device, False, "DELTANET_BACKEND asks for it")
+    if not forced and device.type != "cuda":
+        return _announced(device, False, f"no fused kernels for {device.type}")
+    refused = triton_refuses() or fused_kernels_refuse(device, dtype, 0)
+    if refused and forced:
+        raise RuntimeError(f"DELTANET_BACKEND is 'triton', but {refused}")
+    if refused or not_covered:
+        return _announced(device, False, refused or not_covered)
+    return _announced(device, True, "DELTANET_BACKEND asks for it" if forced else "tensors on a GPU")
+
+
+def _announced(device: torch.device, fused: bool, reason: str) -> bool:
+    _announce(device.type, "triton" if fused else "torch", reason)
+    return fused
+
+
+@functools.cache
+def _announce(device: str, name: str, reason: str) -> None:
+    logger.info("prologue on %s: %s implementation (%s)", device, name, reason)
+
+
+def _define():
+    namespace = getattr(torch.ops, NAMESPACE)
+    if hasattr(namespace, "prologue"):  # as in `delta_rule.py`: this file is already loaded under another name
+        return namespace.prologue.default
+
+    @torch.library.custom_op(f"{NAMESPACE}::prologue", mutates_args=())
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        b: Optional[Tensor],
+        q_weight: Tensor,
+        k_weight: Tensor,
+        v_weight: Tensor,
+        q_state: Optional[Tensor],
+        k_state: Optional[Tensor],
+        v_state: Optional[Tensor],
+        beta_scale: float,
+        output_final_state: bool,
+        cu_seqlens: Optional[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        from .prologue_launch import prologue_forward
+
+        weights, states = [q_weight, k_weight, v_weight], [q_state, k_state, v_state]
+        results, beta, finals = prologue_forward([q, k, v], weights, b, states, beta_scale, output_final_state, cu_seqlens)
+        beta = q.new_empty(0, dtype=torch.float32) if beta is None else beta
+        return *results, beta, *(q.new_empty(0) if final is None else final for final in finals)
+
+    @forward.register_fake
+    def _(q, k, v, b, q_weight, k_weight, v_weight, q_state, k_state, v_state, beta_scale, output_final_state, cu_seqlens):
+        sequences, past = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, q_weight.shape[2] - 1
+        results = [x.new_empty(x.shape) for x in (q, k, v)]
+        finals = [x.new_empty((sequences, x.shape[2], past) if output_final_state else 0) for x in (q, k, v)]
+        return *results, q.new_empty(0 if b is None else b.shape, dtype=torch.float32), *finals
+
+    @torch.library.custom_op(f"{NAMESPACE}::prologue_backward", mutates_args=())
+    def backward(
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        dbeta: Optional[Tensor],
+        dq_final: Optional[Tensor],
+        dk_final: Optional[Tensor],
+        dv_final: Optional[Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        b: Optional[Tensor],
+        q_weight: Tensor,
+        k_weight: Tensor,
+        v_weight: Tensor,
+        q_state: Optional[Tensor],
+        k_state: Optional[Tensor],
+        v_state: Optional[Tensor],
+        beta_scale: float,
+        cu_seqlens: Optional[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        from .prologue_launch import prologue_backward
+
+        weights, states = [q_weight, k_weight, v_weight], [q_state, k_state, v_state]
+        finals = [dq_final, dk_final, dv_final]
+        dstreams, dweights, db, dstates = prologue_backward(
+            [dq, dk, dv], dbeta, finals, [q, k, v], weights, b, states, beta_scale, cu_seqlens
+        )
+        db = q.new_empty(0) if db is None else db
+        return *dstreams, db, *dweights, *(q.new_empty(0) if dstate is None else dstate for dstate in dstates)
+
+    @backward.register_fake
+    def _(dq, dk, dv, dbeta, dq_final, dk_final, dv_final, q, k, v, b, *rest):
+        weights, states = rest[:3], rest[3:6]
+        results = [x.new_empty(x.shape) for x in (q, k, v)]
+        dstates = [q.new_empty(0) if state is None else state.new_empty(state.shape) for state in states]
+        db = q.new_empty(0) if b is None else b.new_empty(b.shape)
+        return *results, db, *(weight.new_empty(weight.shape) for weight in weights), *dstates
+
+    forward.register_autograd(functools.partial(_differentiate, backward), setup_context=_save)
+    backward.register_autograd(_refuse)
+    return forward
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.beta_scale, output_final_state, cu_seqlens = inputs
+    ctx.save_for_backward(*tensors, cu_seqlens)
+    unused = [] if tensors[3] is not None else [output[3]]
+    ctx.mark_non_differentiable(*unused, *(() if output_final_state else output[4:]))
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(op, ctx, *gradients):
+    *tensors, cu_seqlens = ctx.saved_tensors
+    streams, b, states = tensors[:3], tensors[3], tensors[7:]
+    past = tensors[4].shape[2] - 1
+    dy = [x.new_zeros(x.shape) if g is None else g for x, g in zip(streams, gradients)]
+    dbeta, dfinals = None if b is None else gradients[3], list(gradients[4:])
+    if b is not None and dbeta is None:
+        dbeta = b.new_zeros(b.shape, dtype=torch.float32)
+    if any(g is not None for g in dfinals):
+        sequences = streams[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        missing = [x.new_zeros(sequences, x.shape[2], past) if g is None else g for x, g in zip(streams, dfinals)]
+        dfinals = missing
+    results = op(*dy, dbeta, *dfinals, *tensors, ctx.beta_scale, cu_seqlens)
+    dx, db, dweights, dstates = results[:3], results[3], results[4:7], results[7:]
+    dstates = [None if state is None else g for state, g in zip(states, dstates)]
+    return *dx, None if b is None else db, *dweights, *dstates, None, None, None
+
+
+def _refuse(ctx, *gradients):
+    raise RuntimeError("prologue is differentiable once: its gradient has no gradient of its own")
+
+
+_op = _define()
