@@ -10,6 +10,7 @@ back, with what was computed. A step therefore serves every later cache of the s
 import copy
 import threading
 from collections.abc import Callable
+from operator import getitem, is_
 from typing import NamedTuple
 
 import torch
@@ -19,25 +20,28 @@ from transformers.cache_utils import Cache
 # Transformers leaves these hooks on a model after the first request for hidden states; they do nothing unless asked.
 _HARMLESS_HOOKS = "transformers.utils.output_capturing"
 # Modules that do nothing but what a recording repeats; this package's own are added to them.
-_KNOWN_MODULES = ("torch.nn.modules.", "transformers.activations", __name__.rpartition(".")[0] + ".")
+_KNOWN_MODULES = ("torch.nn.modules.", "transformers.activations.", __name__.rpartition(".")[0] + ".")
 
 
 class RecordedOnCuda:
-    """The work of `function`, which takes nothing and returns a tensor, as a CUDA graph; it runs twice before, to
-    compile and allocate what must not be compiled or allocated while recording."""
+    """The work of `function`, which takes nothing and returns a tensor, as a CUDA graph.
+
+    It runs twice before, which compiles and allocates what cannot be compiled or allocated while recording.
+    """
 
     def __init__(self, function: Callable[[], torch.Tensor], device: torch.device):
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device):
-            stream = _recording_stream(device)
-            stream.wait_stream(torch.cuda.current_stream())
+        current, stream = torch.cuda.current_stream(device), _recording_stream(device)
+        # The outer context restores the stream after a recording that failed, which the inner ones do not.
+        with torch.cuda.device(device), torch.cuda.stream(current):
+            stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 for _ in range(2):
                     function()
             # Other threads may go on allocating.
             with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.result = function()
-            torch.cuda.current_stream().wait_stream(stream)
+            current.wait_stream(stream)
 
     def replay(self) -> torch.Tensor:
         """Do the work again, on the tensors it was recorded with; the result is overwritten by the next call."""
@@ -108,12 +112,12 @@ def _obstacle_in(module: nn.Module, is_root: bool) -> str:
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     if any(getattr(hook, "__module__", None) != _HARMLESS_HOOKS for hook in hooks) or hasattr(module, "_hf_hook"):
         return "has hooks"
+    kind = type(module)
+    if not is_root and not f"{kind.__module__}.".startswith(_KNOWN_MODULES):
+        return f"is a {kind.__module__}.{kind.__qualname__}"
     if module._compiled_call_impl is not None or "forward" in vars(module):
         return "has a forward of its own"
-    if module.training:
-        return "is in training mode"
-    kind = type(module)
-    return "" if is_root or f"{kind.__module__}.".startswith(_KNOWN_MODULES) else f"is a {kind.__qualname__}"
+    return "is in training mode" if module.training else ""
 
 
 class DecodeStep:
@@ -149,29 +153,28 @@ class Loan:
     """A cache whose layers hold the tensors of a step until `end`."""
 
     def __init__(self, cache: Cache, step: DecodeStep):
-        self.cache, self.step, self.slots = cache, step, cache_slots(cache)
-        self.own = [holder[name] for holder, name in self.slots]
+        self.cache, self.step = cache, step
+        self.holders, self.names = zip(*cache_slots(cache))
+        self.own = list(map(getitem, self.holders, self.names))
         torch._foreach_copy_(step.tensors, self.own)
-        for (holder, name), tensor in zip(self.slots, step.tensors):
+        for holder, name, tensor in zip(self.holders, self.names, step.tensors):
             holder[name] = tensor
 
     def is_intact(self) -> bool:
         """Whether the cache still holds the step's tensors and a prompt: a change of batch size or a reset ends that."""
-        if not self.cache.layers[0].has_previous_state[0]:
-            return False
-        return all(holder[name] is tensor for (holder, name), tensor in zip(self.slots, self.step.tensors))
+        held = map(getitem, self.holders, self.names)
+        return self.cache.layers[0].has_previous_state[0] and all(map(is_, held, self.step.tensors))
 
     def end(self) -> None:
         """Give the cache its own tensors back, with the step's values, except where it has taken others meanwhile."""
-        back = [
-            (holder, name, own, tensor)
-            for (holder, name), own, tensor in zip(self.slots, self.own, self.step.tensors)
-            if holder[name] is tensor
-        ]
-        for holder, name, own, _ in back:
-            holder[name] = own
-        if back:
-            torch._foreach_copy_([own for *_, own, _ in back], [tensor for *_, tensor in back])
+        own, values = [], []
+        for holder, name, tensor, lent in zip(self.holders, self.names, self.own, self.step.tensors):
+            if holder[name] is lent:
+                holder[name] = tensor
+                own.append(tensor)
+                values.append(lent)
+        if own:
+            torch._foreach_copy_(own, values)
 
 
 class DecodeGraphs:
