@@ -10,7 +10,8 @@ import weakref
 import pytest
 import torch
 from models import tiny_model, token_ids
-from transformers import DynamicCache, LogitsProcessor, StaticCache
+from recording import counting
+from transformers import CompileConfig, DynamicCache, LogitsProcessor, StaticCache
 
 from deltanet import decoding_deltanet, graphs_deltanet
 from deltanet.benchmarks.generation_matrix import BATCHES, CELLS, compare
@@ -18,29 +19,12 @@ from deltanet.cache_deltanet import CACHE_NAME
 from deltanet.graphs_deltanet import cache_slots
 
 
-class Repeated:
-    """Records nothing: `replay` calls the function again, on the same tensors and into the same result."""
-
-    recorded = 0
-    replayed = 0
-
-    def __init__(self, function, device):
-        Repeated.recorded += 1
-        function()
-        self.function, self.result = function, function()
-
-    def replay(self):
-        Repeated.replayed += 1
-        with torch.no_grad():
-            return self.result.copy_(self.function())
-
-
 @pytest.fixture
 def graphs(monkeypatch):
-    """CPU models decode by replaying; the class counts."""
-    monkeypatch.setitem(graphs_deltanet.RECORDERS, "cpu", Repeated)
-    Repeated.recorded = Repeated.replayed = 0
-    return Repeated
+    """Models on a CPU decode by replaying; the class counts."""
+    recorder = counting("cpu")
+    monkeypatch.setitem(graphs_deltanet.RECORDERS, "cpu", recorder)
+    return recorder
 
 
 def generator(**overrides):
@@ -434,8 +418,6 @@ def test_compilation_that_is_asked_for(graphs, monkeypatch):
     expected = eagerly(model, ids)
     compiled = []
     monkeypatch.setattr(type(model), "get_compiled_call", lambda self, config: compiled.append(config) or self.__call__)
-    from transformers import CompileConfig
-
     config = CompileConfig()
     config._compile_all_devices = True
     assert torch.equal(generate(model, ids, cache_implementation="static"), expected)
