@@ -82,8 +82,7 @@ class Decoding:
     def _record(self, forward, input_ids: torch.Tensor, cache: Cache, key: tuple) -> DecodeStep | None:
         device, failures = input_ids.device, self.model.decode_graphs.failures
         with _recording:
-            # While one thread records on a device, no other can draw random numbers there.
-            if any(decoding.thread != self.thread for decoding in _open):
+            if not self._is_alone():
                 return self.refuse(device, "another thread generates")
             if key not in failures:
                 try:
@@ -92,6 +91,23 @@ class Decoding:
                     failures[key] = f"capture failed: {str(error).splitlines()[0]}"
                     logger.warning("decoding on %s: %s", device.type, failures[key])
             return self.refuse(device, failures[key])
+
+    def _is_alone(self) -> bool:
+        """While one thread records on a device, no other can draw random numbers there."""
+        return all(decoding.thread == self.thread for decoding in _open)
+
+    def reorder(self, cache: Cache, rows: torch.Tensor) -> bool:
+        """Reorder a cache that is lent; False where the cache itself must do it."""
+        if not self.is_lent(cache) or not self.loan.is_intact():
+            return False
+        step = self.loan.step
+        with _recording:
+            if step.reordering is None and self._is_alone():
+                step.record_reordering()
+        if step.reordering is None:
+            return False
+        step.reorder(rows)
+        return True
 
     def obstacle(self, device: torch.device) -> str:
         """Why no step of this model can be captured on `device` now; empty where it can."""
@@ -220,6 +236,12 @@ class DeltaNetGenerationMixin(GenerationMixin):
             model_kwargs.pop("attention_mask", None)
             model_kwargs.pop("position_ids", None)
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+
+    def _reorder_cache(self, cache, beam_idx):
+        decoding = _current(self)
+        if decoding is None or not decoding.reorder(cache, beam_idx):
+            cache.reorder_cache(beam_idx)
+        return cache
 
     # `generate` reads the signature to learn what the model takes.
     @wraps(GenerationMixin.prepare_inputs_for_generation)

@@ -142,11 +142,31 @@ class DecodeStep:
             self.recording = RECORDERS[device.type](step, device)
         count = iter(counts[i] for i in range(len(counts)))
         self.tensors = [next(count) if name == _COUNT else holder[name] for holder, name in cache_slots(twin)]
+        self.reordering = None  # beam search alone needs it
 
     def run(self, input_ids: torch.Tensor) -> torch.Tensor:
         """ids [B, 1] -> logits [B, 1, vocabulary], the caller's own."""
         self.ids.copy_(input_ids)
         return self.recording.replay().clone()
+
+    def record_reordering(self) -> None:
+        """Record `reorder`: four launches a layer, which a host takes longer for than for the token itself."""
+        states = [tensor for tensor in self.tensors if tensor.ndim > 0]
+        with torch.inference_mode(False), torch.no_grad():
+            # An order that changes nothing, because recording runs the function.
+            self.rows = torch.arange(len(self.ids), device=self.ids.device)
+
+            def reorder() -> torch.Tensor:
+                for state in states:
+                    state.copy_(state.index_select(0, self.rows))
+                return self.rows
+
+            self.reordering = RECORDERS[self.ids.device.type](reorder, self.ids.device)
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Row b of every state becomes what row rows[b] was."""
+        self.rows.copy_(rows)
+        self.reordering.replay()
 
 
 class Loan:

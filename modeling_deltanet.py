@@ -201,8 +201,10 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
             position_embeddings = self._rotary_embeddings(position_ids, inputs_embeds.dtype)
             # The boundaries in force, which `position_ids` need not repeat next to `cu_seq_lens_q` or `seq_idx`.
             kwargs["position_ids"] = position_ids if restarts is None else restarts
-            masks = attention_mask if masks_are_ready else attention_masks(
-                self.config, inputs_embeds, attention_mask, past_key_values, kwargs["position_ids"]
+            masks = (
+                attention_mask
+                if masks_are_ready
+                else attention_masks(self.config, inputs_embeds, attention_mask, past_key_values, kwargs["position_ids"])
             )
 
         hidden_states = inputs_embeds

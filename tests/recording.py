@@ -1,8 +1,10 @@
-"""Recorders of decoding steps that count: CUDA graphs, and for a CPU a stand-in."""
+"""Decoding by captured steps in tests: recorders that count, with a stand-in for a CPU, and generation both ways."""
 
 import time
 
 import torch
+from models import tiny_model
+from transformers import LogitsProcessor
 
 from deltanet.graphs_deltanet import RecordedOnCuda
 
@@ -36,3 +38,35 @@ def counting(kind):
             return super().replay()
 
     return Counting
+
+
+def generator(**overrides):
+    """A tiny model that never ends a sequence by itself."""
+    return tiny_model("pure", **{"bos_token_id": None, "eos_token_id": None, **overrides})
+
+
+def generate(model, ids, tokens=8, **options):
+    """Without end and padding: every id of the vocabulary is a token."""
+    options = {"do_sample": False, "attention_mask": torch.ones_like(ids), **options}
+    return model.generate(ids, max_new_tokens=tokens, **options)
+
+
+def eagerly(model, ids, tokens=8, **options):
+    model.decode_graphs.enabled = False
+    try:
+        return generate(model, ids, tokens, **options)
+    finally:
+        model.decode_graphs.enabled = True
+
+
+class Meanwhile(LogitsProcessor):
+    """Does something else in the middle of a generation: before the tokens numbered in `steps`, or before every one."""
+
+    def __init__(self, work, steps=None):
+        self.work, self.steps, self.calls, self.results = work, steps, 0, []
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        if self.steps is None or self.calls in self.steps:
+            self.results.append(self.work())
+        return scores

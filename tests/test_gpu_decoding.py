@@ -7,11 +7,12 @@ import time
 import pytest
 import torch
 from models import tiny_model, token_ids
-from recording import counting
+from recording import Meanwhile, counting, eagerly, generate
 from transformers import CompileConfig, LogitsProcessor
 
-from deltanet import DeltaNetConfig, DeltaNetForCausalLM, graphs_deltanet, mixer_deltanet
+from deltanet import DeltaNetConfig, DeltaNetForCausalLM, graphs_deltanet
 from deltanet.cache_deltanet import CACHE_NAME
+from deltanet.mixer_deltanet import DeltaNetRMSNorm
 
 pytestmark = pytest.mark.gpu
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -38,20 +39,6 @@ def middle(device, dtype=torch.float32, seed=0):
 
 
 SIZES = {"small": small, "middle": middle}
-
-
-def generate(model, ids, tokens=32, **options):
-    """Without end and padding unless `attention_mask` says so."""
-    options = {"do_sample": False, "attention_mask": torch.ones_like(ids), **options}
-    return model.generate(ids, max_new_tokens=tokens, **options)
-
-
-def eagerly(model, ids, tokens=32, **options):
-    model.decode_graphs.enabled = False
-    try:
-        return generate(model, ids, tokens, **options)
-    finally:
-        model.decode_graphs.enabled = True
 
 
 def ids_on(device, batch, length=9, seed=1):
@@ -94,9 +81,9 @@ def test_ways(device, graphs, way, dtype):
         torch.manual_seed(3)
         # Eager decoding with a static cache would be compiled.
         chosen = {**options, "disable_compile": True} if run is eagerly else options
-        outcomes.append(run(model, ids, **chosen))
+        outcomes.append(run(model, ids, 32, **chosen))
     assert torch.equal(*outcomes)
-    assert graphs.replayed == 31
+    assert graphs.replayed == 31 * (2 if "num_beams" in options else 1)
 
 
 def test_returned_caches_are_independent(device, graphs):
@@ -109,17 +96,6 @@ def test_returned_caches_are_independent(device, graphs):
     assert graphs.recorded == 1
 
 
-class Meanwhile(LogitsProcessor):
-    """Calls `work` before every token is chosen."""
-
-    def __init__(self, work):
-        self.work = work
-
-    def __call__(self, input_ids, scores):
-        self.work()
-        return scores
-
-
 def test_interleaved_models_and_batches(device, graphs):
     """After every token of one generation, another model, another batch size and the same one decode."""
     models = [middle(device, seed=seed) for seed in (0, 1)]
@@ -128,7 +104,7 @@ def test_interleaved_models_and_batches(device, graphs):
     results = []
     among = Meanwhile(lambda: results.append([generate(model, ids, 8) for model, ids in jobs]))
     outer = ids_on(device, 2, seed=8)
-    assert torch.equal(generate(models[0], outer, logits_processor=[among]), eagerly(models[0], outer))
+    assert torch.equal(generate(models[0], outer, 32, logits_processor=[among]), eagerly(models[0], outer, 32))
     assert len(results) == 32
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, expected))
     assert graphs.recorded == 4
@@ -151,7 +127,7 @@ def test_threads(device, graphs):
     for thread in threads:
         thread.join()
     assert all(map(torch.equal, results, expected))
-    assert graphs.recorded == 4 and graphs.replayed == 2 * 4 * 31
+    assert graphs.recorded == 4 and graphs.replayed == 2 * 4 * 7
 
 
 def test_another_stream(cuda, graphs):
@@ -263,18 +239,12 @@ def test_a_model_of_the_papers_size(cuda, graphs, batch):
 
 def test_a_recording_that_fails_leaves_everything_working(cuda, graphs, monkeypatch):
     """Last in this file: a step that waits for the device cannot be recorded."""
-    step = mixer_deltanet.delta_rule_step
-
-    def waiting(*args, **kwargs):
-        torch.cuda.synchronize()
-        return step(*args, **kwargs)
-
-    model, ids, stream = small(cuda), ids_on(cuda, 2), torch.cuda.current_stream()
+    model, ids, stream, norm = small(cuda), ids_on(cuda, 2), torch.cuda.current_stream(), DeltaNetRMSNorm.forward
     expected = eagerly(model, ids)
-    monkeypatch.setattr(mixer_deltanet, "delta_rule_step", waiting)
+    monkeypatch.setattr(DeltaNetRMSNorm, "forward", lambda self, x: torch.cuda.synchronize() or norm(self, x))
     assert torch.equal(generate(model, ids, do_sample=True, top_k=1), expected)
     assert torch.cuda.current_stream() == stream and len(model.decode_graphs.failures) == 1
-    monkeypatch.setattr(mixer_deltanet, "delta_rule_step", step)
+    monkeypatch.setattr(DeltaNetRMSNorm, "forward", norm)
     model.decode_graphs.release()
     assert torch.equal(generate(model, ids, do_sample=True, top_k=1), expected)
     assert graphs.recorded == 1
