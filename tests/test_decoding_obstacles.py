@@ -9,7 +9,7 @@ from models import tiny_model, token_ids
 from recording import Meanwhile, counting, eagerly, generate, generator
 from transformers import CompileConfig, DynamicCache
 
-from deltanet import decoding_deltanet, graphs_deltanet
+from deltanet import DeltaNetForCausalLM, decoding_deltanet, graphs_deltanet
 from deltanet.cache_deltanet import CACHE_NAME
 
 
@@ -37,6 +37,14 @@ def with_offloading(model):
     return accelerate.cpu_offload(model, execution_device="cpu")
 
 
+class Tagged(torch.Tensor):
+    """A kind of weight whose memory may be elsewhere, as those of tensor parallelism and quantisation."""
+
+
+def tagged(model):
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.data.as_subclass(Tagged))
+
+
 def patched(model):
     mlp = model.model.layers[0].mlp
     mlp.forward = lambda x, forward=mlp.forward: 2 * forward(x)
@@ -47,6 +55,7 @@ OBSTACLES = {
     "adapters": (with_adapters, {}, "module `model.layers.0.attn.q_proj` is a peft.tuners.lora"),
     "offloading": (with_offloading, {}, "has hooks"),
     "patched": (patched, {}, "module `model.layers.0.mlp` has a forward of its own"),
+    "weights": (tagged, {}, "`lm_head` has a weight that is a Tagged"),
     "training": (lambda model: model.train(), {}, "the model is in training mode"),
     "hidden states": (None, {"output_hidden_states": True}, "the forward was given `output_hidden_states`"),
     "configuration": (lambda model: setattr(model.config, "output_hidden_states", True), {}, "asks for hidden states"),
@@ -102,6 +111,15 @@ def test_earlier_requests_for_hidden_states_forbid_nothing(graphs):
     assert graphs.replayed == 7
 
 
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_a_device_map_of_one_device_forbids_nothing(graphs, device_map, tmp_path):
+    pytest.importorskip("accelerate")
+    generator().save_pretrained(tmp_path)
+    model = DeltaNetForCausalLM.from_pretrained(tmp_path, device_map=device_map)
+    generate(model, token_ids(2, 6))
+    assert graphs.replayed == 7
+
+
 def test_inference_mode(graphs):
     model, ids, cache = generator(), token_ids(2, 6), DynamicCache(config=generator().config)
     with torch.inference_mode():
@@ -131,16 +149,17 @@ def test_what_cannot_be_recorded_decodes_eagerly_and_is_tried_once(monkeypatch, 
 
 def test_nothing_is_recorded_while_another_thread_generates(graphs):
     model, ids, inside, leave = generator(), token_ids(2, 6), threading.Event(), threading.Event()
+    generate(model, token_ids(3, 6))
     waiting = Meanwhile(lambda: (inside.set(), leave.wait()), steps=(1,))
     thread = threading.Thread(target=generate, args=(generator(seed=1), ids), kwargs={"logits_processor": [waiting]})
     thread.start()
     inside.wait()
-    result = generate(model, ids)
-    assert graphs.recorded == 0
+    results = [generate(model, ids), generate(model, ids[:1], num_beams=3)]
+    assert graphs.recorded == 1 and graphs.replayed == 2 * 7  # the step of three rows, without an order of beams
     leave.set()
     thread.join()
-    assert torch.equal(result, generate(model, ids))
-    assert graphs.recorded == 2
+    assert all(map(torch.equal, results, [generate(model, ids), eagerly(model, ids[:1], num_beams=3)]))
+    assert graphs.recorded == 3  # here, and in the thread
 
 
 def test_compilation_that_is_asked_for(graphs, monkeypatch):

@@ -171,6 +171,17 @@ def test_compilation_that_is_asked_for(cuda, graphs):
     assert graphs.recorded == 0
 
 
+def test_a_loaded_model(cuda, graphs, tmp_path):
+    """As the README loads it, and a hybrid beside it."""
+    middle(cuda, torch.bfloat16).save_pretrained(tmp_path)
+    model, ids = DeltaNetForCausalLM.from_pretrained(tmp_path, dtype="auto", device_map="auto"), ids_on(cuda, 2)
+    assert torch.equal(generate(model, ids), eagerly(model, ids))
+    assert graphs.replayed == 7
+    hybrid = tiny_model("sliding", **NO_END).to(cuda)
+    assert torch.equal(generate(hybrid, ids), eagerly(hybrid, ids))
+    assert graphs.replayed == 7
+
+
 class Memory(LogitsProcessor):
     """Bytes allocated on the device, at every 100th token."""
 
