@@ -14,7 +14,6 @@ Per token and head, with the state S [K, V], the mixer of every block computes
 
 import re
 import shlex
-from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,6 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -37,6 +35,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_deltanet import DeltaNetAttention, attention_masks, rotary_embedding
 from .cache_deltanet import CACHE_NAME, accept_cache_name
 from .configuration_deltanet import CONVERSION_COMMAND, DELTA_LAYER_TYPE, DeltaNetConfig
+from .decoding_deltanet import DeltaNetGenerationMixin, replays_decode_steps
+from .graphs_deltanet import DecodeGraphs
 from .layout_deltanet import (
     TokenLayout,
     check_mask,
@@ -44,7 +44,6 @@ from .layout_deltanet import (
     find_boundaries,
     packed_layout,
     padding_layout,
-    values_are_readable,
 )
 from .mixer_deltanet import DeltaNetMixer, DeltaNetRMSNorm
 
@@ -202,8 +201,10 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
             position_embeddings = self._rotary_embeddings(position_ids, inputs_embeds.dtype)
             # The boundaries in force, which `position_ids` need not repeat next to `cu_seq_lens_q` or `seq_idx`.
             kwargs["position_ids"] = position_ids if restarts is None else restarts
-            masks = attention_mask if masks_are_ready else attention_masks(
-                self.config, inputs_embeds, attention_mask, past_key_values, kwargs["position_ids"]
+            masks = (
+                attention_mask
+                if masks_are_ready
+                else attention_masks(self.config, inputs_embeds, attention_mask, past_key_values, kwargs["position_ids"])
             )
 
         hidden_states = inputs_embeds
@@ -270,7 +271,7 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         return {rope: rotary_embedding(position_ids, *rope, dtype) for rope in ropes}
 
 
-class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
+class DeltaNetForCausalLM(DeltaNetPreTrainedModel, DeltaNetGenerationMixin):
     """DeltaNet with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -283,40 +284,10 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
         self.model = DeltaNetModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.decode_graphs = DecodeGraphs()
         self.post_init()
 
-    # `generate` reads the signature to learn what the model takes.
-    @wraps(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, *args, is_first_iteration=False, **kwargs):
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
-        # Ready masks for every decoding step; Transformers makes them for compilable caches only.
-        mask, cache, ids = inputs.get("attention_mask"), inputs.get(CACHE_NAME), inputs["input_ids"]
-        if isinstance(mask, torch.Tensor) and cache is not None and not is_first_iteration:
-            embeds = torch.empty((*ids.shape, 0), dtype=self.dtype, device=ids.device)
-            arguments = {CACHE_NAME: cache, "position_ids": inputs.get("position_ids")}
-            inputs["attention_mask"] = self.create_masks_for_generate(self.config, embeds, mask, **arguments)
-        return inputs
-
-    @staticmethod
-    def create_masks_for_generate(
-        config, inputs_embeds, attention_mask, position_ids=None, is_first_iteration=False, **kwargs
-    ) -> dict:
-        """Masks by layer type for one step of `generate`."""
-        masks = attention_masks(config, inputs_embeds, attention_mask, kwargs.get(CACHE_NAME), position_ids)
-        if attention_mask is not None:
-            new = attention_mask[:, -inputs_embeds.shape[1] :]
-            # A generated token is never padding. Transformers 5.17 does not say whether a single token is generated or a
-            # prompt's that is read in chunks of one, so look where that does not wait for the device.
-            if new.shape[1] > 1 or is_first_iteration or values_are_readable(new) and not bool(new.all()):
-                masks[DELTA_LAYER_TYPE] = new
-        return masks
-
-    def init_continuous_batching(self, *args, **kwargs):
-        raise NotImplementedError(
-            "Continuous batching keeps pages of keys and values and has no place for DeltaNet's recurrent state; `generate` "
-            "takes a padded batch."
-        )
-
+    @replays_decode_steps
     @accept_cache_name
     @can_return_tuple
     def forward(

@@ -12,7 +12,7 @@ from packaging.version import Version
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache, StaticCache
 
-from deltanet import layout_deltanet, mixer_deltanet, modeling_deltanet
+from deltanet import decoding_deltanet, layout_deltanet, mixer_deltanet
 from deltanet.benchmarks.generation_matrix import BATCHES, CELLS, LIMITS, RESULT, compare, generate, prompts, twice
 from deltanet.cache_deltanet import CACHE_NAME
 
@@ -187,7 +187,7 @@ def test_decoding_takes_the_step(kind, implementation, monkeypatch):
     """Also where the mask's values cannot be seen without waiting for the device, as on a GPU."""
     model, rows = generator(kind), prompts(4, is_ragged=True)
     expected = generate(model, rows)
-    for module in (layout_deltanet, modeling_deltanet):
+    for module in (layout_deltanet, decoding_deltanet):
         monkeypatch.setattr(module, "values_are_readable", lambda tensor: False)
     calls, step = [], mixer_deltanet.decode_step
     monkeypatch.setattr(mixer_deltanet, "decode_step", lambda *a, **k: calls.append(1) or step(*a, **k))

@@ -1,0 +1,243 @@
+"""
+Captured decoding steps: what one token costs a host that launches hundreds of small kernels is paid once, at capture.
+
+A `DecodeStep` owns static tensors, among them one set of states for a batch, and a recording of the model's forward of one
+token over them. While a cache is lent to it, the cache's layers hold the step's tensors in place of their own, so that
+replaying the step and reordering beams both work on the cache itself; when the loan ends the cache gets its own tensors
+back, with what was computed. A step therefore serves every later cache of the same shapes, and no cache keeps its tensors.
+"""
+
+import copy
+import threading
+from collections.abc import Callable
+from operator import getitem, is_
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+# Transformers leaves these hooks on a model after the first request for hidden states; they do nothing unless asked.
+_HARMLESS_HOOKS = "transformers.utils.output_capturing"
+# Modules that do nothing but what a recording repeats; this package's own are added to them.
+_KNOWN_MODULES = ("torch.nn.modules.", "transformers.activations.", __name__.rpartition(".")[0] + ".")
+
+
+class RecordedOnCuda:
+    """The work of `function`, which takes nothing and returns a tensor, as a CUDA graph.
+
+    It runs twice before, which compiles and allocates what cannot be compiled or allocated while recording.
+    """
+
+    def __init__(self, function: Callable[[], torch.Tensor], device: torch.device):
+        self.graph = torch.cuda.CUDAGraph()
+        current, stream = torch.cuda.current_stream(device), _recording_stream(device)
+        # The outer context restores the stream after a recording that failed, which the inner ones do not.
+        with torch.cuda.device(device), torch.cuda.stream(current):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    function()
+            # Other threads may go on allocating.
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                self.result = function()
+            current.wait_stream(stream)
+
+    def replay(self) -> torch.Tensor:
+        """Do the work again, on the tensors it was recorded with; the result is overwritten by the next call."""
+        self.graph.replay()
+        return self.result
+
+
+_streams: dict[torch.device, "torch.cuda.Stream"] = {}
+
+
+def _recording_stream(device: torch.device) -> "torch.cuda.Stream":
+    # One for all: cuBLAS keeps a workspace for every stream it has seen.
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+RECORDERS = {"cuda": RecordedOnCuda}
+"""What records a step, by type of device."""
+
+_COUNT = "cumulative_length"
+Slots = list[tuple[dict, object]]
+"""Places that hold a cache's tensors: a dictionary and a key each."""
+
+
+def cache_slots(cache: Cache) -> Slots:
+    """The states of every delta-rule layer, and its count of tokens."""
+    slots = []
+    for layer in cache.layers:
+        for states in (layer.conv_states, layer.recurrent_states):
+            slots += [(states, index) for index, state in states.items() if state is not None]
+        slots.append((vars(layer), _COUNT))
+    return slots
+
+
+def layout(cache: Cache) -> tuple:
+    """Shape, dtype and strides of everything in `cache_slots`."""
+    tensors = [holder[name] for holder, name in cache_slots(cache)]
+    return tuple((tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors)
+
+
+class Survey(NamedTuple):
+    """What `survey` found out about a model."""
+
+    obstacle: str  # why its forward cannot be recorded, empty where it can
+    weights: tuple = ()  # address and layout of every weight; a recording belongs to these
+
+
+def survey(model: nn.Module) -> Survey:
+    """Look at every module and weight of a model once, reading no values."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return Survey("hooks for all modules are registered")
+    weights, device = [], None
+    for name, module in model.named_modules():
+        if obstacle := _obstacle_in(module, is_root=module is model):
+            return Survey(f"{f'module `{name}`' if name else 'the model'} {obstacle}")
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is None:
+                continue
+            device = device or tensor.device
+            if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device != device:
+                return Survey(f"`{name}` has a weight that is a {type(tensor).__name__} on {tensor.device}")
+            weights.append((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()))
+    return Survey("", tuple(weights))
+
+
+def _obstacle_in(module: nn.Module, is_root: bool) -> str:
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if any(getattr(hook, "__module__", None) != _HARMLESS_HOOKS for hook in hooks) or hasattr(module, "_hf_hook"):
+        return "has hooks"
+    kind = type(module)
+    if not is_root and not f"{kind.__module__}.".startswith(_KNOWN_MODULES):
+        return f"is a {kind.__module__}.{kind.__qualname__}"
+    if module._compiled_call_impl is not None or "forward" in vars(module):
+        return "has a forward of its own"
+    return "is in training mode" if module.training else ""
+
+
+class DecodeStep:
+    """A recording of `forward(model, ids [B, 1], past_key_values=...)`, its static tensors, and the key it is found by."""
+
+    def __init__(self, forward: Callable, model: nn.Module, cache: Cache, input_ids: torch.Tensor, key: tuple):
+        self.key, device = key, input_ids.device
+        # Tensors made under `torch.inference_mode` could not be updated outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self.ids = torch.zeros(input_ids.shape, dtype=torch.long, device=device)
+            counts = torch.zeros(len(cache.layers), dtype=torch.long, device=device)
+            twin = Cache(layers=copy.deepcopy(cache.layers))
+            for layer in twin.layers:
+                # On the host, which a recording leaves out: one addition for all layers replaces one for each.
+                layer.cumulative_length = torch.zeros((), dtype=torch.long)
+
+            def step() -> torch.Tensor:
+                outputs = forward(model, self.ids, past_key_values=twin, use_cache=True, logits_to_keep=1)
+                counts.add_(1)
+                return outputs.logits
+
+            self.recording = RECORDERS[device.type](step, device)
+        count = iter(counts[i] for i in range(len(counts)))
+        self.tensors = [next(count) if name == _COUNT else holder[name] for holder, name in cache_slots(twin)]
+        self.reordering = None  # beam search alone needs it
+
+    def run(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """ids [B, 1] -> logits [B, 1, vocabulary], the caller's own."""
+        self.ids.copy_(input_ids)
+        return self.recording.replay().clone()
+
+    def record_reordering(self) -> None:
+        """Record `reorder`: four launches a layer, which a host takes longer for than for the token itself."""
+        states = [tensor for tensor in self.tensors if tensor.ndim > 0]
+        with torch.inference_mode(False), torch.no_grad():
+            # An order that changes nothing, because recording runs the function.
+            self.rows = torch.arange(len(self.ids), device=self.ids.device)
+
+            def reorder() -> torch.Tensor:
+                for state in states:
+                    state.copy_(state.index_select(0, self.rows))
+                return self.rows
+
+            self.reordering = RECORDERS[self.ids.device.type](reorder, self.ids.device)
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Row b of every state becomes what row rows[b] was."""
+        self.rows.copy_(rows)
+        self.reordering.replay()
+
+
+class Loan:
+    """A cache whose layers hold the tensors of a step until `end`."""
+
+    def __init__(self, cache: Cache, step: DecodeStep):
+        self.cache, self.step = cache, step
+        self.holders, self.names = zip(*cache_slots(cache))
+        self.own = list(map(getitem, self.holders, self.names))
+        torch._foreach_copy_(step.tensors, self.own)
+        for holder, name, tensor in zip(self.holders, self.names, step.tensors):
+            holder[name] = tensor
+
+    def is_intact(self) -> bool:
+        """Whether the cache still holds the step's tensors and a prompt: a change of batch size or a reset ends that."""
+        held = map(getitem, self.holders, self.names)
+        return self.cache.layers[0].has_previous_state[0] and all(map(is_, held, self.step.tensors))
+
+    def end(self) -> None:
+        """Give the cache its own tensors back, with the step's values, except where it has taken others meanwhile."""
+        own, values = [], []
+        for holder, name, tensor, lent in zip(self.holders, self.names, self.own, self.step.tensors):
+            if holder[name] is lent:
+                holder[name] = tensor
+                own.append(tensor)
+                values.append(lent)
+        if own:
+            torch._foreach_copy_(own, values)
+
+
+class DecodeGraphs:
+    """
+    The captured decoding steps of a model between calls of `generate`, each for one batch size.
+
+    Copies and pickles of a model take no steps along. A step keeps the states of its batch allocated, as large as a cache.
+
+    Attributes:
+        enabled: False decodes eagerly.
+        limit: how many unused steps are kept; the one unused for longest goes first.
+    """
+
+    def __init__(self, enabled: bool = True, limit: int = 4):
+        self.enabled, self.limit = enabled, limit
+        self.failures: dict[tuple, str] = {}  # keys that could not be captured, and why
+        self._idle: list[DecodeStep] = []
+        self._lock = threading.Lock()
+
+    def __reduce__(self):
+        return type(self), (self.enabled, self.limit)
+
+    def __len__(self) -> int:
+        return len(self._idle)
+
+    def take(self, key: tuple) -> DecodeStep | None:
+        """A kept step for `key`, which is then the caller's; those for other weights, `key[0]`, are dropped."""
+        with self._lock:
+            self._idle = [step for step in self._idle if step.key[0] == key[0]]
+            for index, step in enumerate(self._idle):
+                if step.key == key:
+                    return self._idle.pop(index)
+        return None
+
+    def give_back(self, step: DecodeStep) -> None:
+        with self._lock:
+            self._idle = [*self._idle, step][-self.limit :] if self.limit > 0 else []
+
+    def release(self) -> None:
+        """Free the memory of all unused steps, and try again what could not be captured."""
+        with self._lock:
+            self._idle.clear()
+            self.failures.clear()
+
+
+__all__ = ["RECORDERS", "DecodeGraphs", "DecodeStep", "Loan", "Survey", "layout", "survey"]
