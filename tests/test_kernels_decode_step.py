@@ -252,7 +252,7 @@ def test_one_log_line_says_what_runs_and_why(caplog, monkeypatch):
 )
 def test_what_the_kernel_refuses(monkeypatch, arguments, reason):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(module, "triton_missing", lambda: "")
+    monkeypatch.setattr(module, "triton_refuses", lambda: "")
     cpu = torch.device("cpu")
     assert reason in module._refusal(cpu, *arguments)
     with pytest.raises(RuntimeError, match=f"DELTANET_BACKEND is 'triton', but .*{reason}"):
