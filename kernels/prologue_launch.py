@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .chunk_tiles import span_table_kernel
 from .devices import on_device, processors
+from .launching import enqueue
 from .prologue_kernels import backward_kernel, forward_kernel, sum_kernel
 from .reference import CHUNK
 
@@ -50,17 +51,17 @@ class _Plan:
             self._tabulate(cu_seqlens)
         self.programs = self.strips * sum(self.tiles)
         self.beta_sizes = (0, 0, 0, 0, 0) if b is None else (b.shape[2], -(-b[0].numel() // _BETA_BLOCK), *b.stride())
-        self.grid = (self.programs + self.batch * self.beta_sizes[1],)
+        self.grid = self.programs + self.batch * self.beta_sizes[1]
+        self.options = {"num_warps": self.launch.warps}
 
     def _tabulate(self, cu_seqlens: Tensor) -> None:
         # An unused tail counts as one more sequence.
         self.strips = (self.T + (self.sequences + 1) * (self.strip - 1)) // self.strip
         self.table = torch.empty((self.strips, 3), dtype=torch.int32, device=self.device)
         first = torch.empty((2, self.sequences + 1), dtype=torch.int32, device=self.device)
-        span_table_kernel[(-(-self.strips // 128), 2)](
-            cu_seqlens, self.table, first, self.T, self.sequences, 0, self.strips, self.strip, self.sequences + 1,
-            C=CHUNK, BLOCK=128,
-        )  # fmt: skip
+        blocks, width = -(-self.strips // 128), self.sequences + 1
+        arguments = (cu_seqlens, self.table, first, self.T, self.sequences, 0, self.strips, self.strip, width, blocks)
+        enqueue(span_table_kernel, 2 * blocks, arguments, dict(C=CHUNK, BLOCK=128), {})
 
     def sizes(self, beta_scale: float, unit: int) -> tuple:
         tiles = (self.tiles[0], self.tiles[1], sum(self.tiles))
@@ -68,8 +69,8 @@ class _Plan:
         return (beta_scale, self.T, self.strips_per_row, self.strip, self.programs, *tiles, *units)
 
     def constants(self, unit: int) -> dict:
-        channels, unroll, warps, *_ = self.launch
-        return {"W": self.W, "BD": channels, "UNROLL": unroll, "UNIT": unit, "BLOCK": _BETA_BLOCK, "num_warps": warps}
+        channels, unroll, *_ = self.launch
+        return {"W": self.W, "BD": channels, "UNROLL": unroll, "UNIT": unit, "BLOCK": _BETA_BLOCK}
 
     def states(self, given: list[Optional[Tensor]], like: list[Tensor]) -> list[Tensor]:
         """[N, D, W - 1] for a kernel to write; where sequences may have no tokens, those keep what is given, or zero."""
@@ -106,10 +107,9 @@ def prologue_forward(streams, weights, b, states, beta_scale, output_final_state
         results = [x.new_empty(x.shape) for x in streams]
         finals = plan.states(states, streams) if output_final_state else [None] * 3
         beta = None if b is None else b.new_empty(b.shape, dtype=torch.float32)
-        forward_kernel[plan.grid](
-            *streams, *weights, *results, *states, *finals, b, beta, plan.table, cu_seqlens,
-            *plan.sizes(beta_scale, unit), *_strides(streams, unit), *plan.beta_sizes, **plan.constants(unit),
-        )  # fmt: skip
+        arguments = (*streams, *weights, *results, *states, *finals, b, beta, plan.table, cu_seqlens)
+        arguments += (*plan.sizes(beta_scale, unit), *_strides(streams, unit), *plan.beta_sizes)
+        enqueue(forward_kernel, plan.grid, arguments, plan.constants(unit), plan.options)
     return results, beta, finals
 
 
@@ -124,12 +124,11 @@ def prologue_backward(gradients, dbeta, dfinals, streams, weights, b, states, be
         dstates = [None] * 3 if states[0] is None else plan.states(dfinals, states)
         db = None if b is None else b.new_empty(b.shape)
         sums = torch.empty((plan.strips, plan.W, sum(plan.widths)), dtype=torch.float32, device=plan.device)
-        backward_kernel[plan.grid](
-            *streams, *weights, *states, *gradients, *dfinals, *results, *dstates, sums,
-            b, None if dbeta is None else dbeta.contiguous(), db, plan.table, cu_seqlens,
-            *plan.sizes(beta_scale, unit), *_strides(streams, unit), *_strides(gradients, unit), *plan.beta_sizes,
-            **plan.constants(unit),
-        )  # fmt: skip
+        dbeta = None if dbeta is None else dbeta.contiguous()
+        arguments = (*streams, *weights, *states, *gradients, *dfinals, *results, *dstates, sums, b, dbeta, db)
+        arguments += (plan.table, cu_seqlens, *plan.sizes(beta_scale, unit))
+        arguments += (*_strides(streams, unit), *_strides(gradients, unit), *plan.beta_sizes)
+        enqueue(backward_kernel, plan.grid, arguments, plan.constants(unit), plan.options)
         dweights = [w.new_empty(w.shape) for w in weights]
         sum_kernel[(-(-sums.shape[2] // 64), plan.W)](
             sums, *dweights, plan.strips, *plan.widths[:2], sums.shape[2], W=plan.W, BD=64, ROWS=32, num_warps=4
