@@ -115,9 +115,10 @@ class DeltaNetMixer(nn.Module):
     def _can_fuse(self, hidden_states: torch.Tensor) -> bool:
         """Whether `decode_step` does what the modules between the projections would: they are our own, nobody watches them,
         and their weights are here, which an offloaded module's are during its own forward only."""
+        device = hidden_states.device
         return self.is_fusable and all(
             type(module) is kind
-            and module.weight.device == hidden_states.device
+            and module.weight.device == device
             and not (module._forward_hooks or module._forward_pre_hooks)
             for module, kind in (
                 (self.q_conv1d, DeltaNetShortConvolution),
