@@ -81,12 +81,13 @@ def measure_train(model, device, task) -> dict:
 
     figures = {"first_s": seconds(work, device), "wall_ms": wall_ms(work, device, seconds=1.0)}
     busy, launches = device_ms(work, device)
-    config = model_peers.flops_config(task["peer"], task["size"])
-    flops = training_flops(config, product_parameters(model), task["T"])
     rate = ids.numel() / figures["wall_ms"] * 1e3
-    peak = peak_flops(torch.cuda.get_device_name(device)) if torch.device(device).type == "cuda" else None
-    mfu = {"mfu": rate * flops / peak} if peak else {}
-    return {**figures, "device_ms": busy, "launches": launches, "tokens_per_s": rate, **mfu, "peak_mib": peak_mib(work, device)}
+    figures.update(device_ms=busy, launches=launches, tokens_per_s=rate, peak_mib=peak_mib(work, device))
+    if torch.device(device).type == "cuda":
+        config, peak = model_peers.flops_config(task["peer"], task["size"]), peak_flops(torch.cuda.get_device_name(device))
+        flops = training_flops(config, product_parameters(model), task["T"])
+        figures.update({"mfu": rate * flops / peak} if peak else {})
+    return figures
 
 
 class Clock(StoppingCriteria):
