@@ -176,10 +176,12 @@ def run(task, load, device) -> dict:
 
 
 @functools.lru_cache(maxsize=1)
-def load_model(*what):
+def load_model(peer, *what):
     load_model.cache_clear()  # the last model makes room for this one
     gc.collect()
-    return model_peers.build(*what)
+    if peer == "fla":
+        peers.shorten_tuning(warmup_ms=10, repeat_ms=40)
+    return model_peers.build(peer, *what)
 
 
 def main():
@@ -190,8 +192,6 @@ def main():
     # Results have the standard output to themselves: what a peer prints goes to standard error.
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    if arguments.peer == "fla":
-        peers.shorten_tuning(warmup_ms=10, repeat_ms=40)
     for line in sys.stdin:
         task = json.loads(line)
         row = run(task, load_model, arguments.device)
