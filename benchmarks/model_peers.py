@@ -76,15 +76,6 @@ def build(peer: str, size: str, device: str, variant: str = "") -> PreTrainedMod
     return VARIANTS[variant](model)
 
 
-def generation_arguments(peer: str) -> dict:
-    """What `generate` needs beside the prompt: fla drops all but the last token of it without a cache of its own."""
-    if peer != "fla":
-        return {}
-    from fla.models.utils import Cache
-
-    return {"past_key_values": Cache()}
-
-
 def _checkpointed(model: PreTrainedModel) -> PreTrainedModel:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

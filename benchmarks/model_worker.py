@@ -42,19 +42,17 @@ def seconds(work, device) -> float:
     return time.perf_counter() - start
 
 
-def generate(model, task, ids, new, **arguments):
+def generate(model, ids, new, **arguments):
     """Greedy text of exactly `new` tokens."""
-    arguments = {**model_peers.generation_arguments(task["peer"]), **arguments}
-    mask = torch.ones_like(ids)
-    return model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, **arguments)
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, **arguments)
 
 
 def measure_generate(model, device, task) -> dict:
     """Tokens a second of `generate` from its call to its return, prompt and all; `first_s` is a first, short call."""
     ids, new = random_ids(task["B"], task["T"], device), task.get("new", NEW)
-    first = seconds(lambda: generate(model, task, ids, 8), device)
-    times = [seconds(lambda: generate(model, task, ids, new), device)]
-    times += [seconds(lambda: generate(model, task, ids, new), device) for _ in range(4 if times[0] < 3 else 0)]
+    first = seconds(lambda: generate(model, ids, 8), device)
+    times = [seconds(lambda: generate(model, ids, new), device)]
+    times += [seconds(lambda: generate(model, ids, new), device) for _ in range(4 if times[0] < 3 else 0)]
     took = statistics.median(times)
     return {"tokens_per_s": task["B"] * new / took, "ms_a_step": took / new * 1e3, "first_s": first}
 
@@ -104,9 +102,9 @@ class Clock(StoppingCriteria):
 def measure_decode(model, device, task) -> dict:
     """Tokens a second of `generate` behind a context of T tokens, the reading of which is left out, and the memory."""
     ids, new, clock = random_ids(task["B"], task["T"], device), task.get("new", 66), Clock()
-    generate(model, task, ids[:, :64], 4)
+    generate(model, ids[:, :64], 4)
     before = _allocated(device, reset=True)
-    output = generate(model, task, ids, new, stopping_criteria=[clock], return_dict_in_generate=True)
+    output = generate(model, ids, new, stopping_criteria=[clock], return_dict_in_generate=True)
     peak = _allocated(device, peak=True) - before
     steps = sorted(b - a for a, b in zip(clock.times[1:], clock.times[2:]))
     step = statistics.median(steps)
@@ -122,7 +120,7 @@ def measure_decode(model, device, task) -> dict:
 def measure_account(model, device, task) -> dict:
     """Where the time of a token goes, see `generation_account`."""
     ids = random_ids(task["B"], task["T"], device)
-    return account(model, lambda new: generate(model, task, ids, new), device)
+    return account(model, lambda new: generate(model, ids, new), device)
 
 
 def tensor_bytes(value, seen=None) -> int:
