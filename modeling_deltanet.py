@@ -19,11 +19,11 @@ from functools import wraps
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -37,6 +37,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_deltanet import DeltaNetAttention, attention_masks, rotary_embedding
 from .cache_deltanet import CACHE_NAME, accept_cache_name
 from .configuration_deltanet import CONVERSION_COMMAND, DELTA_LAYER_TYPE, DeltaNetConfig
+from .fused_deltanet import linear_cross_entropy, swiglu_linear
 from .layout_deltanet import (
     TokenLayout,
     check_mask,
@@ -63,10 +64,9 @@ class DeltaNetMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN["silu"]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return swiglu_linear(self.gate_proj(x), self.up_proj(x), self.down_proj)
 
 
 class DeltaNetBlock(GradientCheckpointingLayer):
@@ -338,6 +338,8 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
             labels: [B, T], shifted inside; -100 is ignored. The loss covers the positions kept by `logits_to_keep`.
             logits_to_keep: compute the last so many logits only (0 for all), or those at a tensor of positions.
             kwargs: `num_items_in_batch` and `shift_labels` go to the loss.
+
+        With labels in training and `config.fuse_linear_cross_entropy`, the output's `logits` are `None`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -349,18 +351,22 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
+        hidden_states, loss = outputs.last_hidden_state[:, kept, :], None
+        is_fused = labels is not None and self._fuses_loss()
+        logits = None if is_fused else self.lm_head(hidden_states)
         if labels is not None:
             shifted = kwargs.pop("shift_labels", None)
             shifted = F.pad(labels, (0, 1), value=-100)[:, 1:] if shifted is None else shifted
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                shift_labels=shifted[:, kept].contiguous(),
-                **kwargs,
-            )
+            if is_fused:
+                loss = linear_cross_entropy(self.lm_head, hidden_states, shifted[:, kept], **kwargs)
+            else:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    vocab_size=self.config.vocab_size,
+                    shift_labels=shifted[:, kept].contiguous(),
+                    **kwargs,
+                )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -368,6 +374,10 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
         )
+
+    def _fuses_loss(self) -> bool:
+        """A loss function that somebody has set in place of the usual one needs all logits."""
+        return self.training and self.config.fuse_linear_cross_entropy and self.loss_function is ForCausalLMLoss
 
 
 class DeltaNetForSequenceClassification(GenericForSequenceClassification, DeltaNetPreTrainedModel):
