@@ -16,7 +16,6 @@ from .kernels.reference import compute_dtype
 from .kernels.short_conv import short_convolution, short_convolution_step
 from .layout_deltanet import TokenLayout
 
-
 # Since torch 2.9; before, `F.rms_norm` rounded once more.
 _NORM_IS_FUSED = hasattr(torch.ops.aten, "_fused_rms_norm")
 

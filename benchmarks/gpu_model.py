@@ -49,8 +49,9 @@ def plan(part: str, peer: str) -> list[dict]:
     elif part == "prefill":
         cells = [{"size": size, "B": 1, "T": T} for size in ("1.3B", "340M") for T in PREFILLS]
     elif part == "train":
-        variants = model_peers.VARIANTS if peer == "ours" else ("",)
-        cells = [{"size": s, "B": B, "T": T, "variant": variant} for variant in variants for s, B, T in TRAINING]
+        cells = [{"size": size, "B": B, "T": T, "variant": ""} for size, B, T in TRAINING]
+        variants = [variant for variant in model_peers.VARIANTS if variant and peer == "ours"]
+        cells += [{"size": "1.3B", "B": B, "T": 16384 // B, "variant": variant} for variant in variants for B in (8, 1)]
     elif part == "decode":
         cells = [{"size": "1.3B", "B": B, "T": T} for B, contexts in CONTEXTS.items() for T in contexts]
     else:

@@ -16,6 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_deltanet import DeltaNetConfig
+from ..train.checkpointing import KEEP_MIXING
 
 NAMES = ("ours", "llama", "fla")
 """In the order in which they are measured: the last compiles for minutes."""
@@ -59,6 +60,8 @@ def build(peer: str, size: str, device: str, variant: str = "") -> PreTrainedMod
     config, model_class = flops_config(peer, size), LlamaForCausalLM
     if peer == "ours":
         from ..modeling_deltanet import DeltaNetForCausalLM as model_class
+
+        config.fuse_linear_cross_entropy = True
     elif peer == "fla":
         from fla.models import DeltaNetConfig as FlaConfig
         from fla.models import DeltaNetForCausalLM as model_class
@@ -76,10 +79,29 @@ def build(peer: str, size: str, device: str, variant: str = "") -> PreTrainedMod
     return VARIANTS[variant](model)
 
 
-def _checkpointed(model: PreTrainedModel) -> PreTrainedModel:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+def _checkpointed(model: PreTrainedModel, **arguments) -> PreTrainedModel:
+    model.gradient_checkpointing_enable(arguments or {"use_reentrant": False})
     return model
 
 
-VARIANTS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {"": lambda model: model, "checkpointed": _checkpointed}
-"""Ways to train, by name; the empty name is the model as it comes."""
+def _with_logits(model: PreTrainedModel) -> PreTrainedModel:
+    model.config.fuse_linear_cross_entropy = False
+    return model
+
+
+def _compiled(model: PreTrainedModel) -> PreTrainedModel:
+    model.compile()
+    return model
+
+
+VARIANTS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
+    "": lambda model: model,
+    "autocast": lambda model: model.float(),
+    "checkpointed": lambda model: _checkpointed(model, **KEEP_MIXING),
+    "checkpointed-whole": _checkpointed,
+    "logits": _with_logits,
+    "compiled": _compiled,
+}
+"""Ways to train ours, by name: as the recipes do but with weights in bfloat16; with weights in float32 under autocast, as
+the recipes do; with gradient checkpointing that keeps the delta rule's result, and that keeps nothing; with all logits at
+once; compiled by `torch.compile`."""

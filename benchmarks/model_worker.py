@@ -69,12 +69,14 @@ def measure_prefill(model, device, task) -> dict:
 
 
 def measure_train(model, device, task) -> dict:
-    """Forward with loss and backward, gradients in bfloat16 and no optimizer: tokens a second, MFU, peak memory."""
+    """Forward with loss and backward without an optimizer: tokens a second, MFU, peak memory."""
     ids = random_ids(task["B"], task["T"], device)
     model.train()
 
     def work():
-        model(ids, labels=ids, use_cache=False).loss.backward()
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=task.get("variant") == "autocast"):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
         model.zero_grad(set_to_none=True)
 
     figures = {"first_s": seconds(work, device), "wall_ms": wall_ms(work, device, seconds=1.0)}

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from .. import DeltaNetForCausalLM
+from .checkpointing import KEEP_MIXING
 from .finished import finished_directory, last_checkpoint, require_space
 from .monitor import GuardedTrainer
 from .prepare import prepare_shipped
@@ -167,7 +168,7 @@ def _trainer(recipe: Recipe, model: DeltaNetForCausalLM, dataset: Dataset) -> Gu
         devices = f"{arguments.world_size} processes with {arguments.n_gpu} GPUs each"
         raise ValueError(f"The run has {devices}; allowed: one process and one device (CUDA_VISIBLE_DEVICES=0).")
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable(KEEP_MIXING)
     collate = _numbered(collate_packs if recipe.packing else default_data_collator)
     trainer = GuardedTrainer(model, arguments, train_dataset=dataset, data_collator=collate)
     trainer.remove_callback(PrinterCallback)
