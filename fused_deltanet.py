@@ -74,6 +74,8 @@ def linear_cross_entropy(
         parts = zip(hidden.split(rows), labels.split(rows))
         total = sum(checkpoint(_summed, head, x, y, ignore_index, use_reentrant=False) for x, y in parts)
     else:
+        if not torch.is_grad_enabled():
+            hidden, weight = hidden.detach(), weight.detach()
         total = _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels, ignore_index)
     items = (labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return total / (items.to(total.device) if isinstance(items, Tensor) else items)

@@ -135,6 +135,13 @@ class TestLoss:
             linear_cross_entropy(head, hidden.requires_grad_(), labels)
         assert max(kept) < 18 * 61
 
+    def test_without_gradients(self, monkeypatch):
+        head, hidden, labels = self.inputs()
+        expected = self.reference(hidden, head.weight, labels).item()
+        monkeypatch.setattr(torch.Tensor, "expm1", lambda x: pytest.fail("a gradient was computed"))
+        with torch.no_grad():
+            assert linear_cross_entropy(head, hidden.requires_grad_(), labels).item() == pytest.approx(expected)
+
     def test_autocast(self):
         head, hidden, labels = self.inputs(torch.float32)
         hidden.requires_grad_()
