@@ -46,11 +46,12 @@ def plan(part: str, peer: str) -> list[dict]:
     """The cells of a part, see `model_worker`."""
     if part == "generate":
         cells = [{"size": size, "B": B, "T": PROMPT} for size in ("1.3B", "340M") for B in BATCHES]
+        cells += [{"size": "1.3B", "B": B, "T": PROMPT, "variant": "int8"} for B in (1, 32) if peer == "ours"]
     elif part == "prefill":
         cells = [{"size": size, "B": 1, "T": T} for size in ("1.3B", "340M") for T in PREFILLS]
     elif part == "train":
         cells = [{"size": size, "B": B, "T": T, "variant": ""} for size, B, T in TRAINING]
-        variants = [variant for variant in model_peers.VARIANTS if variant and peer == "ours"]
+        variants = model_peers.TRAINING_VARIANTS if peer == "ours" else ()
         cells += [{"size": "1.3B", "B": B, "T": 16384 // B, "variant": variant} for variant in variants for B in (8, 1)]
     elif part == "decode":
         cells = [{"size": "1.3B", "B": B, "T": T} for B, contexts in CONTEXTS.items() for T in contexts]

@@ -94,6 +94,13 @@ def _compiled(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _int8(model: PreTrainedModel) -> PreTrainedModel:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, torch.nn.Linear) and name != "lm_head")
+    return model
+
+
 VARIANTS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
     "": lambda model: model,
     "autocast": lambda model: model.float(),
@@ -101,7 +108,9 @@ VARIANTS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
     "checkpointed-whole": _checkpointed,
     "logits": _with_logits,
     "compiled": _compiled,
+    "int8": _int8,
 }
-"""Ways to train ours, by name: as the recipes do but with weights in bfloat16; with weights in float32 under autocast, as
-the recipes do; with gradient checkpointing that keeps the delta rule's result, and that keeps nothing; with all logits at
-once; compiled by `torch.compile`."""
+TRAINING_VARIANTS = ("autocast", "checkpointed", "checkpointed-whole", "logits", "compiled")
+"""Ways to train ours: as the recipes do but with weights in bfloat16 (the empty name); with weights in float32 under
+autocast, as the recipes do; with gradient checkpointing that keeps the delta rule's result, and that keeps nothing; with all
+logits at once; compiled by `torch.compile`. `int8` has weights of eight bits by torchao, to generate."""

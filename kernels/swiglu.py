@@ -5,6 +5,7 @@ Both are bound by memory: PyTorch's own operations pass over it 5 times forward 
 """
 
 import functools
+import os
 from typing import Optional
 
 import torch
@@ -51,8 +52,9 @@ def _backward(gate: Tensor, up: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _fused(gate: Tensor):
-    """The Triton kernels, or `None` where they cannot run."""
-    if gate.numel() % GRANULE or gate.numel() == 0 or fused_kernels_refuse(gate.device, gate.dtype, K=1):
+    """The Triton kernels, or `None` where they cannot run or DELTANET_BACKEND asks for another implementation."""
+    forced = os.environ.get("DELTANET_BACKEND", "") in ("torch", "recurrent")
+    if forced or gate.numel() % GRANULE or gate.numel() == 0 or fused_kernels_refuse(gate.device, gate.dtype, K=1):
         return None
     return _kernels()
 
