@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import os
 
 import torch
@@ -49,3 +50,10 @@ def shared_memory(device: torch.device) -> int:
         return 1 << 20
     properties = torch.cuda.get_device_properties(device)
     return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
+def runs_fused(x: Tensor) -> bool:
+    """Whether a small fused kernel, one that is no part of the delta rule itself, takes tensors like x."""
+    if os.environ.get("DELTANET_BACKEND", "") in ("torch", "recurrent") or x.numel() == 0:
+        return False
+    return not fused_kernels_refuse(x.device, x.dtype, K=1) and importlib.util.find_spec("triton") is not None

@@ -33,13 +33,11 @@ def gradient_kernel(gate, up, dz, dgate, dup, z, granules, BLOCK: tl.constexpr):
     tl.store(z + i, (g * s * u).to(z.dtype.element_ty), mask=inside)
 
 
-class Kernels:
-    """Launches over contiguous tensors of one shape."""
+def product(*tensors) -> None:
+    """`product_kernel` over contiguous tensors of one shape."""
+    product_kernel[(triton.cdiv(tensors[0].numel(), BLOCK),)](*tensors, tensors[0].numel() // 16, BLOCK=BLOCK)
 
-    @staticmethod
-    def product(*tensors) -> None:
-        product_kernel[(triton.cdiv(tensors[0].numel(), BLOCK),)](*tensors, tensors[0].numel() // 16, BLOCK=BLOCK)
 
-    @staticmethod
-    def gradient(*tensors) -> None:
-        gradient_kernel[(triton.cdiv(tensors[0].numel(), BLOCK),)](*tensors, tensors[0].numel() // 16, BLOCK=BLOCK)
+def gradient(*tensors) -> None:
+    """`gradient_kernel` over contiguous tensors of one shape."""
+    gradient_kernel[(triton.cdiv(tensors[0].numel(), BLOCK),)](*tensors, tensors[0].numel() // 16, BLOCK=BLOCK)

@@ -12,6 +12,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from deltanet import fused_deltanet
 from deltanet.fused_deltanet import linear_cross_entropy, plain_weight, swiglu_linear
 from deltanet.kernels import swiglu as operation
+from deltanet.kernels.cross_entropy import cross_entropy_
 
 
 def relative(actual, expected):
@@ -138,7 +139,7 @@ class TestLoss:
     def test_without_gradients(self, monkeypatch):
         head, hidden, labels = self.inputs()
         expected = self.reference(hidden, head.weight, labels).item()
-        monkeypatch.setattr(torch.Tensor, "expm1", lambda x: pytest.fail("a gradient was computed"))
+        monkeypatch.setattr(torch.Tensor, "scatter_", lambda *_: pytest.fail("a gradient was computed"))
         with torch.no_grad():
             assert linear_cross_entropy(head, hidden.requires_grad_(), labels).item() == pytest.approx(expected)
 
@@ -222,8 +223,27 @@ def test_norms_round_once_under_autocast():
 def test_kernels_of_swiglu(device, dtype, bound, shape):
     """The last shape is no multiple of the granule and takes PyTorch's operations."""
     gate, up, dz = (torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(device, dtype) for i in range(3))
-    assert (operation._fused(gate) is None) == (gate.numel() % 16 != 0)
+    assert (operation._runs_fused(gate)) == (gate.numel() % 16 == 0)
     expected = operation._backward(gate.double(), up.double(), dz.double())
     actual = operation.swiglu_backward(gate.T.contiguous().T, up, dz)
     for a, e in zip((*actual, operation.swiglu(gate, up)), (*expected, expected[2])):
         assert a.shape == gate.shape and relative(a, e) < bound
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("V", [61, 4096, 9001])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_kernel_of_cross_entropy(device, dtype, bound, V, gradient):
+    """One lane a block or several blocks, far-off logits, an ignored row, and a label that does not exist."""
+    logits = 3 * torch.randn(5, V, generator=torch.Generator().manual_seed(0))
+    logits[1] += 300
+    logits[2, 7] = 40
+    labels = torch.tensor([3, V - 1, 7, -100, V])
+    given, exact = logits.to(device, dtype), logits.to(dtype).double().requires_grad_()
+    expected = F.cross_entropy(exact[:4], labels[:4], reduction="none")
+    losses = cross_entropy_(given, labels.to(device), -100, gradient)
+    assert losses[4].isnan() and relative(losses[:4], expected.detach()) < 1e-6
+    before = given if not gradient else torch.autograd.grad(expected.sum(), exact)[0]
+    assert relative(given[:4], before[:4].double()) < bound
+    assert not gradient or given[3].abs().sum() == 0

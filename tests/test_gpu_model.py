@@ -8,6 +8,7 @@ from torch import nn
 from deltanet.benchmarks import model_peers
 from deltanet.fused_deltanet import linear_cross_entropy
 from deltanet.kernels import swiglu as operation
+from deltanet.kernels.cross_entropy import cross_entropy_
 from deltanet.mixer_deltanet import DeltaNetRMSNorm
 
 pytestmark = pytest.mark.gpu
@@ -50,6 +51,20 @@ def test_swiglu(cuda, dtype, shape):
     rounding = torch.finfo(dtype).eps
     found = (*operation.swiglu_backward(gate, up, dz), operation.swiglu(gate, up))
     assert all(relative(a, e) < rounding for a, e in zip(found, (*expected, expected[2])))
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float16, torch.float32])
+@pytest.mark.parametrize("V", [50, 32000, 50257])
+def test_cross_entropy(cuda, dtype, V):
+    logits, labels = 4 * random(cuda, 300, V, dtype=dtype), torch.randint(V, (300,), device=cuda)
+    labels[7] = -100
+    exact = logits.double().requires_grad_()
+    losses = F.cross_entropy(exact, labels, reduction="none")
+    (expected,) = torch.autograd.grad(losses.sum(), exact)
+    assert relative(cross_entropy_(logits, labels, -100, gradient=False), losses.detach()) < 1e-5
+    assert relative(cross_entropy_(logits, labels, -100, gradient=True), losses.detach()) < 1e-5
+    assert relative(logits, expected) < max(1e-5, torch.finfo(dtype).eps / 2)
+    assert (logits[7] == 0).all()
 
 
 def test_loss_without_logits(cuda):
