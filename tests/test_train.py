@@ -204,6 +204,7 @@ class TestGuard:
         monkeypatch.setattr(monitor.time, "perf_counter", lambda: next(clock))
         throughput = Throughput()
         throughput.peak, throughput.flops_per_token = 1e6, 500.0
+        throughput.on_train_begin(None, TrainerState(), TrainerControl())
         for tokens, rate in ((10_000, 1000), (40_000, 1500)):
             throughput.tokens = tokens
             figures = throughput.figures()

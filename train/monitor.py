@@ -11,15 +11,16 @@ from .finished import last_checkpoint
 from .flops import peak_flops, product_parameters, training_flops
 
 
-class Throughput:
-    """Tokens a second since the last question, the share of the device's arithmetic that they use, and the memory."""
+class Throughput(TrainerCallback):
+    """Tokens a second since the last question, the share of the devices' arithmetic that they use, and the memory."""
 
-    def __init__(self):
+    def __init__(self, devices: int = 1):
         self.tokens, self.flops_per_token = 0, 0.0
-        self.last = (0, time.perf_counter())
-        self.peak = None
-        if torch.cuda.is_available():
-            self.peak = peak_flops(torch.cuda.get_device_name())
+        peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        self.peak = peak and peak * devices
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.last = (self.tokens, time.perf_counter())
 
     def figures(self) -> dict[str, float]:
         """`tokens_per_second`, and on a GPU `mfu` (`flops.training_flops`) and the peak `memory_gib` since the last time."""
@@ -67,8 +68,9 @@ class GuardedTrainer(Trainer):
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
-        self.seen, self.throughput = [], Throughput()
+        self.seen, self.throughput = [], Throughput(self.args.world_size)
         self.add_callback(_Guard(self.seen))
+        self.add_callback(self.throughput)
         self.add_callback(StatusLine())
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -88,7 +90,7 @@ class GuardedTrainer(Trainer):
         if not self.throughput.tokens:
             parameters = product_parameters(self.model)
             self.throughput.flops_per_token = training_flops(self.model.config, parameters, ids.shape[-1])
-        self.throughput.tokens += ids.numel()
+        self.throughput.tokens += ids.numel() * self.args.world_size
 
     def log(self, logs, *arguments, **keywords):
         super().log({**logs, **self.throughput.figures()} if "loss" in logs else logs, *arguments, **keywords)
