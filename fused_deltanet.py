@@ -55,18 +55,18 @@ class _SwiGLULinear(torch.autograd.Function):
 def linear_cross_entropy(
     head: nn.Module,
     hidden: Tensor,
-    labels: Tensor,
+    shift_labels: Tensor,
     num_items_in_batch: int | Tensor | None = None,
     ignore_index: int = -100,
     **_,
 ) -> Tensor:
-    """The loss of `head(hidden)` against labels, as Transformers' `ForCausalLMLoss`, with a part of the logits at a time.
+    """The loss of `head(hidden)` for hidden [..., D] and labels [...], with a part of the logits at a time.
 
-    hidden [..., D] and labels [...], which are shifted already; the sum is divided by `num_items_in_batch`, or by the
-    number of labels other than `ignore_index`. A plain head's gradients are computed in the forward pass already, for
-    other heads the logits are computed again in the backward pass.
+    The arguments are those of Transformers' `ForCausalLMLoss`, what it knows besides is ignored here as it is there. The
+    sum is divided by `num_items_in_batch`, or by the number of labels other than `ignore_index`. A plain head's gradients
+    are computed in the forward pass already, for other heads the logits are computed again in the backward pass.
     """
-    hidden, labels = hidden.flatten(0, -2), labels.flatten().to(hidden.device)
+    hidden, labels = hidden.flatten(0, -2), shift_labels.flatten().to(hidden.device)
     weight = plain_weight(head)
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
     # In float16 the gradient of a logit is too small to be rounded before the loss scaler's factor.

@@ -14,7 +14,7 @@ Per token and head, with the state S [K, V], the mixer of every block computes
 
 import re
 import shlex
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 import torch.nn.functional as F
@@ -351,22 +351,22 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden_states, loss = outputs.last_hidden_state[:, kept, :], None
-        is_fused = labels is not None and self._fuses_loss()
-        logits = None if is_fused else self.lm_head(hidden_states)
+        hidden_states, logits, loss = outputs.last_hidden_state[:, kept, :], None, None
+        loss_function = self.loss_function
+        if labels is not None and self._fuses_loss():
+            loss_function = partial(linear_cross_entropy, self.lm_head, hidden_states)
+        else:
+            logits = self.lm_head(hidden_states)
         if labels is not None:
             shifted = kwargs.pop("shift_labels", None)
             shifted = F.pad(labels, (0, 1), value=-100)[:, 1:] if shifted is None else shifted
-            if is_fused:
-                loss = linear_cross_entropy(self.lm_head, hidden_states, shifted[:, kept], **kwargs)
-            else:
-                loss = self.loss_function(
-                    logits=logits,
-                    labels=labels,
-                    vocab_size=self.config.vocab_size,
-                    shift_labels=shifted[:, kept].contiguous(),
-                    **kwargs,
-                )
+            loss = loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                shift_labels=shifted[:, kept].contiguous(),
+                **kwargs,
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
