@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import tiny_config, tiny_model, token_ids
 
-from deltanet.benchmarks import generation_account, gpu_model, model_peers, model_worker
+from deltanet.benchmarks import generation_account, gpu_glue, gpu_model, model_peers, model_worker
 from deltanet.benchmarks.model_plots import draw
 from deltanet.train.flops import mixing_flops, peak_flops, product_parameters, training_flops
 
@@ -84,6 +84,17 @@ def test_account_adds_up(monkeypatch):
     parts = ("model_call_us", "inputs_us", "bookkeeping_us", "stop_check_us")
     assert figures == {**dict.fromkeys(parts, 1e6), "sampling_and_rest_us": 4e6, "wall_us": 8e6}
     assert type(model).__call__ is call and "__call__" not in vars(type(model))
+
+
+def test_glue_compares_like_with_like():
+    names = []
+    for name, functions, inputs in gpu_glue.works(gpu_glue.TINY, "cpu"):
+        names.append(name)
+        ours, unfused = (functions[peer]()(*inputs) for peer in ("ours", "unfused"))
+        torch.testing.assert_close(ours.float(), unfused.float(), rtol=2e-2, atol=2e-2)
+        figures = gpu_glue.measure(functions["ours"], inputs, "cpu")
+        assert 0 < figures["forward_ms"] and 0 < figures["forward_backward_ms"]
+    assert names == ["norm", "head norm", "swiglu", "loss"]
 
 
 class TestOperations:
