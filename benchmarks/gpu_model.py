@@ -2,7 +2,7 @@
 
     python -m deltanet.benchmarks.gpu_model [--part generate prefill train decode account] [--peers ours llama fla]
         [--cells 1.3B_B8 ...] [--seconds 560] [--output FILE]
-    python -m deltanet.benchmarks.gpu_model --plot [--output FILE]
+    python -m deltanet.benchmarks.gpu_model --plot [--output FILE]     draws FILE, on any machine
 
     generate   tokens a second of `model.generate`, prompt of 128 tokens and 128 new ones, from call to return
     prefill    reading a prompt of 2,048 to 131,072 tokens, the last logits and the cache kept
@@ -144,17 +144,17 @@ def main():
     parser.add_argument("--tiny", action="store_true", help="small models, to try the benchmark itself")
     parser.add_argument("--plot", action="store_true", help="only draw FILE")
     arguments = parser.parse_args()
+    if arguments.plot:
+        from .model_plots import draw
+
+        print(*draw(arguments.output or default_output("H100")), sep="\n")
+        return
     deadline = time.monotonic() + arguments.seconds
     # Each peer is measured alone on the device, so what its autotuner chose serves its next process too.
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     settings = environment(arguments.device, dtype="bfloat16", backend=os.environ.get("DELTANET_BACKEND", ""))
     settings = {key: value for key, value in settings.items() if key not in PEER_PACKAGES}
     output = arguments.output or default_output(settings["device"] if arguments.device == "cuda" else "cpu")
-    if arguments.plot:
-        from .model_plots import draw
-
-        print(*draw(output), sep="\n")
-        return
     results = ModelResults(output, settings)
     print(f"{settings}\nto {output}", flush=True)
     # Peer by peer within a part would start fla, and its compilation, once a part.
