@@ -38,7 +38,7 @@ class DeltaNetConfig(PreTrainedConfig):
     Configuration of a [`DeltaNetModel`].
 
     Real-valued fields accept integers, so that configurations of published checkpoints (`"expand_k": 1`) load. Keys that
-    only choose among the reference's kernels (`fuse_*`, `use_l2warp`) are kept and have no effect; a key that would
+    only choose among the reference's kernels (other `fuse_*`, `use_l2warp`) are kept and have no effect; a key that would
     change the maths and is not supported raises.
 
     Args:
@@ -67,6 +67,8 @@ class DeltaNetConfig(PreTrainedConfig):
         max_position_embeddings (`int`, defaults to 2048): length trained on. Evaluation tools read it; nothing limits it.
         initializer_range (`float`, defaults to 0.02): standard deviation of every weight matrix at initialisation.
         use_cache (`bool`, defaults to `True`): whether a forward in evaluation returns the recurrent state.
+        fuse_linear_cross_entropy (`bool`, defaults to `False`): in training with labels, compute the loss without holding
+            the logits of all tokens, and return `None` in their place. Evaluation is not affected.
         tie_word_embeddings (`bool`, defaults to `False`): share the embedding with the language-model head.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*, default to `None`, 1 and 2): special tokens.
 
@@ -125,6 +127,7 @@ class DeltaNetConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     initializer_range: float | int = 0.02
     use_cache: bool = True
+    fuse_linear_cross_entropy: bool = False
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = 1

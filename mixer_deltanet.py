@@ -20,6 +20,9 @@ from .kernels.reference import compute_dtype
 from .kernels.short_conv import short_convolution_step
 from .layout_deltanet import TokenLayout
 
+# Since torch 2.9; before, `F.rms_norm` rounded once more.
+_NORM_IS_FUSED = hasattr(torch.ops.aten, "_fused_rms_norm")
+
 
 def local(weight: torch.Tensor) -> torch.Tensor:
     """This rank's part of a weight."""
@@ -27,7 +30,10 @@ def local(weight: torch.Tensor) -> torch.Tensor:
 
 
 class DeltaNetRMSNorm(nn.Module):
-    """RMSNorm over the last dimension, in float32 with one rounding at the end (the reference rounds there too)."""
+    """RMSNorm over the last dimension, in float32 with one rounding at the end (the reference rounds there too).
+
+    Under autocast it rounds to autocast's dtype, as the linear layers behind it would, each for itself.
+    """
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -35,8 +41,12 @@ class DeltaNetRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = compute_dtype(x.dtype)
-        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
+        kind = x.device.type
+        result = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        # PyTorch's fused kernels do the same in one pass where all dtypes agree, and keep half as much for the backward.
+        is_fused = x.is_cuda and _NORM_IS_FUSED and self.weight.dtype == x.dtype == result
+        dtype = x.dtype if is_fused else compute_dtype(x.dtype)
+        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(result)
 
 
 class DeltaNetShortConvolution(nn.Conv1d):

@@ -14,14 +14,15 @@ Per token and head, with the state S [K, V], the mixer of every block computes
 
 import re
 import shlex
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -36,6 +37,7 @@ from .attention_deltanet import DeltaNetAttention, attention_masks, rotary_embed
 from .cache_deltanet import CACHE_NAME, accept_cache_name
 from .configuration_deltanet import CONVERSION_COMMAND, DELTA_LAYER_TYPE, DeltaNetConfig
 from .decoding_deltanet import DeltaNetGenerationMixin, replays_decode_steps
+from .fused_deltanet import linear_cross_entropy, swiglu_linear
 from .graphs_deltanet import DecodeGraphs
 from .layout_deltanet import (
     TokenLayout,
@@ -62,10 +64,9 @@ class DeltaNetMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN["silu"]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return swiglu_linear(self.gate_proj(x), self.up_proj(x), self.down_proj)
 
 
 class DeltaNetBlock(GradientCheckpointingLayer):
@@ -309,6 +310,8 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, DeltaNetGenerationMixin):
             labels: [B, T], shifted inside; -100 is ignored. The loss covers the positions kept by `logits_to_keep`.
             logits_to_keep: compute the last so many logits only (0 for all), or those at a tensor of positions.
             kwargs: `num_items_in_batch` and `shift_labels` go to the loss.
+
+        With labels in training and `config.fuse_linear_cross_entropy`, the output's `logits` are `None`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -320,12 +323,16 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, DeltaNetGenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
+        hidden_states, logits, loss = outputs.last_hidden_state[:, kept, :], None, None
+        loss_function = self.loss_function
+        if labels is not None and self._fuses_loss():
+            loss_function = partial(linear_cross_entropy, self.lm_head, hidden_states)
+        else:
+            logits = self.lm_head(hidden_states)
         if labels is not None:
             shifted = kwargs.pop("shift_labels", None)
             shifted = F.pad(labels, (0, 1), value=-100)[:, 1:] if shifted is None else shifted
-            loss = self.loss_function(
+            loss = loss_function(
                 logits=logits,
                 labels=labels,
                 vocab_size=self.config.vocab_size,
@@ -339,6 +346,10 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, DeltaNetGenerationMixin):
             attentions=outputs.attentions,
             **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
         )
+
+    def _fuses_loss(self) -> bool:
+        """A loss function that somebody has set in place of the usual one needs all logits."""
+        return self.training and self.config.fuse_linear_cross_entropy and self.loss_function is ForCausalLMLoss
 
 
 class DeltaNetForSequenceClassification(GenericForSequenceClassification, DeltaNetPreTrainedModel):

@@ -87,6 +87,8 @@ def tiny(task: dict) -> dict:
 class Results:
     """Rows in a file, written again after each."""
 
+    name = staticmethod(name)
+
     def __init__(self, path: pathlib.Path, settings: dict):
         self.path, self.lock = path, threading.Lock()
         self.started = time.strftime("%Y-%m-%dT%H:%M:%S")
@@ -106,7 +108,7 @@ class Results:
             kept = [old for old in self.data["rows"] if self.key(old) != self.key(row)]
             self.data["rows"] = [*kept, rounded({**row, "run": self.started})]
             self.write()
-        print(f"  {row['part']:<11}{row['peer']:<10}{name(row):<32}{summary(row)}", flush=True)
+        print(f"  {row['part']:<11}{row['peer']:<10}{self.name(row):<32}{summary(row)}", flush=True)
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,16 +12,17 @@ from typing import Callable
 
 TASK_SECONDS = 280
 """The longest a worker may be silent: a peer's first call takes minutes."""
+WORKER = "gpu_worker"
 
 
-def start(peer: str, tasks: list[dict], device: str, cache: pathlib.Path, *options: str) -> subprocess.Popen:
-    """A `gpu_worker` for the tasks; compiled kernels go to a folder of the peer, which outlives the process."""
+def start(peer: str, tasks: list[dict], device: str, cache: pathlib.Path, *options: str, worker: str = WORKER):
+    """A process of the module `worker` for the tasks; compiled kernels go to a folder of the peer, which outlives it."""
     home = cache / peer
     home.mkdir(parents=True, exist_ok=True)
     folders = {f"{name}_CACHE_DIR": str(home / name.lower()) for name in ("TRITON", "TILELANG", "TORCHINDUCTOR")}
     # A choice among variants made while the device is shared must not outlive the process that made it.
     environment = {**os.environ, **folders, "FLA_CACHE_RESULTS": "0"}
-    module = f"{__package__}.gpu_worker"
+    module = f"{__package__}.{worker}"
     with open(home / "log", "a") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", module, peer, "--device", device, *options],
@@ -36,11 +37,11 @@ def start(peer: str, tasks: list[dict], device: str, cache: pathlib.Path, *optio
     return process
 
 
-def run_worker(peer, tasks, device, cache, deadline: float, report: Callable[[dict], None]) -> None:
+def run_worker(peer, tasks, device, cache, deadline: float, report: Callable[[dict], None], worker=WORKER) -> None:
     """Run tasks in order and report every row. After a crash or a hang the next process goes on with the next task."""
     waiting = list(tasks)
     while waiting and time.monotonic() < deadline:
-        process = start(peer, waiting, device, cache)
+        process = start(peer, waiting, device, cache, worker=worker)
         lines = queue.Queue()
         threading.Thread(target=_forward, args=(process, lines), daemon=True).start()
         waiting, reason = _collect(process, lines, waiting, deadline, report)

@@ -87,3 +87,10 @@ def triton_version() -> Optional[tuple[int, ...]]:
     except ImportError:
         return None
     return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def runs_fused(x: Tensor) -> bool:
+    """Whether a small fused kernel, one that is no part of the delta rule itself, takes tensors like x."""
+    if forced_backend() in ("torch", "recurrent") or x.numel() == 0:
+        return False
+    return not (triton_refuses() or fused_kernels_refuse(x.device, x.dtype, K=1))

@@ -89,7 +89,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def workers(monkeypatch):
-    def start(peer, tasks, device, cache, *options):
+    def start(peer, tasks, device, cache, *options, worker):
         process = subprocess.Popen(
             [sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

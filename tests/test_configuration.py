@@ -20,6 +20,7 @@ REFERENCE_DEFAULTS = {
     "eos_token_id": 2,
     "expand_k": 1.0,
     "expand_v": 1.0,
+    "fuse_linear_cross_entropy": False,
     "hidden_act": "swish",
     "hidden_ratio": 4,
     "hidden_size": 2048,

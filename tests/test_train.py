@@ -8,58 +8,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from training import DOCUMENTS, MODEL, continue_and_compare, history, make_recipe, prepared
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
 
 from deltanet.train import __main__ as command
-from deltanet.train import finished, monitor, prepare, run
-from deltanet.train.monitor import GuardedTrainer, NotFinite, StatusLine
+from deltanet.train import finished, monitor, run
+from deltanet.train.monitor import GuardedTrainer, NotFinite, StatusLine, Throughput
 from deltanet.train.recipe import Recipe, load_recipe
 from deltanet.train.shards import PackedDocuments, ShardBlocks, TokenShards
-from deltanet.train.sources import ShippedSource
 from deltanet.train.text import shipped_chapters
 from deltanet.train.tokenization import train_tokenizer
-
-DOCUMENTS = [f"Chapter {i}\n\nIt was a fine day; {'nobody said so. ' * (i % 5)}£{i}." for i in range(30)]
-MODEL = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 48, "initializer_range": 0.2}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    source = ShippedSource()
-    source.chapters = DOCUMENTS
-    prepare.prepare(folder / "shards", source, train_tokenizer(DOCUMENTS, 300), shard_tokens=200)
-    return folder / "shards"
-
-
-def make_recipe(data, output):
-    """Ten steps of two times two blocks: more than one epoch, so that the order changes on the way."""
-    return Recipe(
-        data=str(data),
-        output=str(output),
-        model=MODEL,
-        tokens=10 * 64,
-        batch_tokens=64,
-        block_length=16,
-        device_batch=2,
-        warmup_tokens=3 * 64,
-        learning_rate=1e-2,
-        initial_learning_rate=1e-3,
-        final_learning_rate=2e-3,
-        precision="float32",
-        log_every=1,
-        save_every=2,
-    )
+    return prepared(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
 def recipe(data, tmp_path):
     return make_recipe(data, tmp_path / "run")
-
-
-def history(output):
-    checkpoint = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +116,7 @@ class TestContinuation:
             patch.setattr(StatusLine, "on_step_end", on_step_end)
             with pytest.raises(KeyboardInterrupt):
                 run.train(recipe)
-        self._continue(recipe, whole)
+        continue_and_compare(recipe, whole)
 
     @pytest.mark.parametrize("file", ["training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
     def test_an_interruption_inside_a_checkpoint_changes_no_loss(self, recipe, whole, monkeypatch, file, capsys):
@@ -165,7 +133,7 @@ class TestContinuation:
             with pytest.raises(KeyboardInterrupt):
                 run.train(recipe)
         assert target.exists() and (target.parent / "model.safetensors").exists()
-        self._continue(recipe, whole)
+        continue_and_compare(recipe, whole)
         assert "going on from checkpoint-2" in capsys.readouterr().out
 
     def test_an_interruption_while_the_model_is_written(self, recipe, whole, monkeypatch):
@@ -174,18 +142,7 @@ class TestContinuation:
             with pytest.raises(KeyboardInterrupt):
                 run.train(recipe)
         assert not (Path(recipe.output) / "model").exists()
-        self._continue(recipe, whole)
-
-    @staticmethod
-    def _continue(recipe, whole):
-        output = Path(recipe.output)
-        run.train(recipe)
-        for a, b in zip(history(whole), history(output), strict=True):
-            assert {key: a[key] for key in ("step", "loss", "grad_norm", "learning_rate") if key in a} == {
-                key: b[key] for key in ("step", "loss", "grad_norm", "learning_rate") if key in b
-            }
-        model = "model/model.safetensors"
-        assert (output / model).read_bytes() == (whole / model).read_bytes()
+        continue_and_compare(recipe, whole)
 
 
 def _interrupt_in(name, write):
@@ -231,14 +188,31 @@ class TestGuard:
         monkeypatch.setattr(monitor.time, "perf_counter", lambda: next(clock))
         line, state = StatusLine(), TrainerState(global_step=20, max_steps=100)
         line.on_train_begin(None, state, TrainerControl())
-        for step, loss in ((30, 2.5), (60, 2.25)):
-            state.global_step, line.tokens = step, 1000 * (step - 20)
-            line.on_log(None, state, TrainerControl(), logs={"loss": loss, "learning_rate": 3e-4})
+        on_a_gpu = {"tokens_per_second": 1.5e3, "mfu": 0.451, "memory_gib": 31}
+        for step, figures in ((30, {"tokens_per_second": 1e3}), (60, on_a_gpu)):
+            state.global_step = step
+            line.on_log(None, state, TrainerControl(), logs={"loss": 2.5, "learning_rate": 3e-4, **figures})
         line.on_log(None, state, TrainerControl(), logs={"train_runtime": 1})
         assert capsys.readouterr().out.splitlines() == [
             "step  30/100  30.00% | loss 2.5000 | lr 3.00e-04 | 1,000 tokens/s | 0:00:10 gone, 0:01:10 left",
-            "step  60/100  60.00% | loss 2.2500 | lr 3.00e-04 | 1,500 tokens/s | 0:00:30 gone, 0:00:30 left",
+            "step  60/100  60.00% | loss 2.5000 | lr 3.00e-04 | 1,500 tokens/s | MFU 45.1% | 31.0 GiB | "
+            "0:00:30 gone, 0:00:30 left",
         ]
+
+    def test_throughput(self, monkeypatch):
+        clock = iter([100.0, 110.0, 130.0])
+        monkeypatch.setattr(monitor.time, "perf_counter", lambda: next(clock))
+        throughput = Throughput()
+        throughput.peak, throughput.flops_per_token = 1e6, 500.0
+        throughput.on_train_begin(None, TrainerState(), TrainerControl())
+        for tokens, rate in ((10_000, 1000), (40_000, 1500)):
+            throughput.tokens = tokens
+            figures = throughput.figures()
+            assert (figures["tokens_per_second"], figures["mfu"]) == (rate, rate * 500 / 1e6)
+
+    def test_figures_are_logged(self, whole):
+        entries = [entry for entry in history(whole) if "loss" in entry]
+        assert len(entries) == 10 and all(entry["tokens_per_second"] > 0 for entry in entries)
 
 
 class TestRefusedBeforehand:

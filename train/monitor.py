@@ -8,30 +8,51 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from .finished import last_checkpoint
+from .flops import peak_flops, product_parameters, training_flops
 
 
-class StatusLine(TrainerCallback):
-    """One line a log: step, loss, learning rate, tokens a second since the last line, time gone and time left."""
+class Throughput(TrainerCallback):
+    """Tokens a second since the last question, the share of the devices' arithmetic that they use, and the memory."""
 
-    def __init__(self):
-        self.tokens = 0
+    def __init__(self, devices: int = 1):
+        self.tokens, self.flops_per_token = 0, 0.0
+        peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        self.peak = peak and peak * devices
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.begin = (state.global_step, time.perf_counter())
-        self.last = (self.tokens, self.begin[1])
+        self.last = (self.tokens, time.perf_counter())
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in (logs or {}):
-            return
+    def figures(self) -> dict[str, float]:
+        """`tokens_per_second`, and on a GPU `mfu` (`flops.training_flops`) and the peak `memory_gib` since the last time."""
         now = time.perf_counter()
         rate = (self.tokens - self.last[0]) / (now - self.last[1])
         self.last = (self.tokens, now)
-        gone = now - self.begin[1]
+        figures = {"tokens_per_second": rate}
+        if self.peak:
+            figures["mfu"] = rate * self.flops_per_token / self.peak
+        if torch.cuda.is_available():
+            figures["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            torch.cuda.reset_peak_memory_stats()
+        return figures
+
+
+class StatusLine(TrainerCallback):
+    """One line a log: step, loss, learning rate, what `Throughput` says, time gone and time left."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begin = (state.global_step, time.perf_counter())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in (logs or {}) or not state.is_world_process_zero:
+            return
+        gone = time.perf_counter() - self.begin[1]
         left = gone / (state.global_step - self.begin[0]) * (state.max_steps - state.global_step)
         gone, left = (datetime.timedelta(seconds=round(seconds)) for seconds in (gone, left))
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         share = f"{state.global_step / state.max_steps:7.2%}"
-        numbers = f"loss {float(logs['loss']):.4f} | lr {logs['learning_rate']:.2e} | {rate:,.0f} tokens/s"
+        numbers = f"loss {float(logs['loss']):.4f} | lr {logs['learning_rate']:.2e}"
+        forms = {"tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.1%}", "memory_gib": "{:.1f} GiB"}
+        numbers = " | ".join([numbers, *(form.format(logs[name]) for name, form in forms.items() if name in logs)])
         print(f"{step} {share} | {numbers} | {gone} gone, {left} left", flush=True)
 
 
@@ -47,16 +68,32 @@ class GuardedTrainer(Trainer):
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
-        self.seen, self.status = [], StatusLine()
+        self.seen, self.throughput = [], Throughput(self.args.world_size)
         self.add_callback(_Guard(self.seen))
-        self.add_callback(self.status)
+        self.add_callback(self.throughput)
+        self.add_callback(StatusLine())
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         blocks = inputs.pop("block")
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        # Nobody looks at the logits here; a checkpoint is left as its next user expects it.
+        config, fused = self.model.config, self.model.config.fuse_linear_cross_entropy
+        config.fuse_linear_cross_entropy = True
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            config.fuse_linear_cross_entropy = fused
         self.seen.append((loss, blocks))
-        self.status.tokens += inputs["input_ids"].numel()
+        self._count(inputs["input_ids"])
         return loss
+
+    def _count(self, ids: torch.Tensor) -> None:
+        if not self.throughput.tokens:
+            parameters = product_parameters(self.model)
+            self.throughput.flops_per_token = training_flops(self.model.config, parameters, ids.shape[-1])
+        self.throughput.tokens += ids.numel() * self.args.world_size
+
+    def log(self, logs, *arguments, **keywords):
+        super().log({**logs, **self.throughput.figures()} if "loss" in logs else logs, *arguments, **keywords)
 
 
 class _Guard(TrainerCallback):

@@ -14,9 +14,17 @@ from .. import DeltaNetConfig
 RECIPES = Path(__file__).parent / "recipes"
 SHIPPED = "shipped"
 HYBRIDS = ("sliding_window", "global_attention")
-COUNTS = ("tokens", "batch_tokens", "block_length", "device_batch", "log_every", "save_every", "keep_checkpoints")
+COUNTS = (
+    "tokens", "batch_tokens", "block_length", "device_batch", "log_every", "save_every", "evaluate_every",
+    "keep_checkpoints",
+)  # fmt: skip
 PRECISIONS = ("float32", "bfloat16")
-FREE_TO_CHANGE = ("output", "gradient_checkpointing", "keep_checkpoints", "verify_data", "report_to")
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "warmup_stable_decay")
+FREE_TO_CHANGE = (
+    "output", "gradient_checkpointing", "torch_compile", "keep_checkpoints", "verify_data", "report_to", "heldout",
+    "evaluate_every",
+)  # fmt: skip
 """Fields that a continued run may change: they do not touch the losses, rounding apart."""
 
 
@@ -42,7 +50,10 @@ class Recipe:
     window: int = 2048  # of the sliding-window hybrid
     packing: bool = False  # keep documents apart; a block then has at most `block_length` tokens
     block_length: int = 2048
+    optimizer: str = "adamw"  # or muon: for matrices, with AdamW for the rest and the same learning rate
+    schedule: str = "cosine"  # or warmup_stable_decay: constant, then linear to the final rate over `decay_tokens`
     warmup_tokens: int = 0
+    decay_tokens: int = 0  # of warmup_stable_decay
     initial_learning_rate: float = 0.0
     final_learning_rate: float = 0.0
     weight_decay: float = 0.01
@@ -51,13 +62,16 @@ class Recipe:
     max_grad_norm: float = 1.0
     precision: str = "bfloat16"
     device_batch: int = 1  # blocks in one forward
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # less memory: computes all of a block twice but the delta rule
+    torch_compile: bool = False
     seed: int = 0
     log_every: int = 10  # steps
     save_every: int = 1000  # steps
     keep_checkpoints: int = 2
     verify_data: bool = True  # read all shards and compare their checksums
     report_to: str = "none"  # tensorboard, wandb, ...
+    heldout: str | None = None  # text whose bits per byte are logged: "shipped", or a file or directory as for `prepare`
+    evaluate_every: int = 1000  # steps
     data_checksum: str | None = None  # of the data's index; filled in by a run, refused when it differs
 
     def __post_init__(self):
@@ -70,10 +84,12 @@ class Recipe:
             _require(valid, name, getattr(self, name), f"0 to `learning_rate` = {self.learning_rate}")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a number above 0")
         _require(0 <= self.warmup_tokens < self.tokens, "warmup_tokens", self.warmup_tokens, f"0 to below {self.tokens}")
+        self._check_schedule()
         valid = len(self.betas) == 2 and all(isinstance(beta, float) and 0 <= beta < 1 for beta in self.betas)
         _require(valid, "betas", self.betas, "two numbers like 0.9")
         _require(self.hybrid in (None, *HYBRIDS), "hybrid", self.hybrid, f"null, {', '.join(HYBRIDS)}")
         _require(self.precision in PRECISIONS, "precision", self.precision, ", ".join(PRECISIONS))
+        _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, ", ".join(OPTIMIZERS))
         forward = self.device_batch * self.block_length
         allowed = f"multiples of `device_batch` x `block_length` = {self.device_batch} x {self.block_length} = {forward}"
         _require(self.batch_tokens % forward == 0, "batch_tokens", self.batch_tokens, allowed)
@@ -90,6 +106,20 @@ class Recipe:
         except StrictDataclassError as error:
             raise ValueError(f"Recipe: `model` is not allowed. {error}") from error
 
+    def _check_schedule(self) -> None:
+        _require(self.schedule in SCHEDULES, "schedule", self.schedule, ", ".join(SCHEDULES))
+        if self.schedule == "cosine":
+            _require(self.decay_tokens == 0, "decay_tokens", self.decay_tokens, "0, save with warmup_stable_decay")
+            return
+        most = self.tokens - self.warmup_tokens
+        valid = self.batch_tokens <= self.decay_tokens <= most
+        allowed = f"`batch_tokens` = {self.batch_tokens} to {most}, which warm-up leaves"
+        _require(valid, "decay_tokens", self.decay_tokens, allowed)
+        # Transformers' schedule has one number for both.
+        valid = self.initial_learning_rate == self.final_learning_rate
+        allowed = f"`final_learning_rate` = {self.final_learning_rate}, with warmup_stable_decay"
+        _require(valid, "initial_learning_rate", self.initial_learning_rate, allowed)
+
     @property
     def steps(self) -> int:
         return self.tokens // self.batch_tokens
@@ -97,6 +127,10 @@ class Recipe:
     @property
     def warmup_steps(self) -> int:
         return self.warmup_tokens // self.batch_tokens
+
+    @property
+    def decay_steps(self) -> int:
+        return self.decay_tokens // self.batch_tokens
 
     @property
     def accumulation(self) -> int:

@@ -16,8 +16,11 @@ from transformers import (
 )
 
 from .. import DeltaNetForCausalLM
+from .checkpointing import KEEP_MIXING
 from .finished import finished_directory, last_checkpoint, require_space
+from .heldout import HeldOut, heldout_documents
 from .monitor import GuardedTrainer
+from .optimizers import MuonFactory
 from .prepare import prepare_shipped
 from .recipe import FREE_TO_CHANGE, SHIPPED, Recipe, load_recipe
 from .shards import PackedDocuments, ShardBlocks, TokenShards, collate_packs, tokenizer_checksum
@@ -69,7 +72,7 @@ def train(recipe: Recipe) -> Path:
     if checkpoint is None:
         size = BYTES_PER_PARAMETER * model.num_parameters()
         require_space(output, size * (recipe.keep_checkpoints + 2))
-    trainer = _trainer(recipe, model, dataset)
+    trainer = _trainer(recipe, model, dataset, shards.tokenizer)
     output.mkdir(parents=True, exist_ok=True)
     recipe.write(output / RECIPE_FILE)
     _describe(recipe, model, dataset, checkpoint)
@@ -132,18 +135,16 @@ def _pretrained_model(name: str, tokenizer: PreTrainedTokenizerBase) -> DeltaNet
     return DeltaNetForCausalLM.from_pretrained(name, dtype=torch.float32)
 
 
-def _trainer(recipe: Recipe, model: DeltaNetForCausalLM, dataset: Dataset) -> GuardedTrainer:
+def _trainer(
+    recipe: Recipe, model: DeltaNetForCausalLM, dataset: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> GuardedTrainer:
     arguments = TrainingArguments(
         output_dir=recipe.output,
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.device_batch,
         gradient_accumulation_steps=recipe.accumulation,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine_warmup_with_min_lr",
-        lr_scheduler_kwargs={
-            "min_lr_rate": recipe.final_learning_rate / recipe.learning_rate,
-            "warmup_lr_rate": recipe.initial_learning_rate / recipe.learning_rate,
-        },
+        **_schedule(recipe),
         warmup_steps=recipe.warmup_steps,
         weight_decay=recipe.weight_decay,
         adam_beta1=recipe.betas[0],
@@ -151,6 +152,7 @@ def _trainer(recipe: Recipe, model: DeltaNetForCausalLM, dataset: Dataset) -> Gu
         adam_epsilon=recipe.epsilon,
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.precision == "bfloat16",
+        torch_compile=recipe.torch_compile,
         seed=recipe.seed,
         logging_steps=recipe.log_every,
         # The Trainer's filter would hide what the guard looks for.
@@ -167,11 +169,35 @@ def _trainer(recipe: Recipe, model: DeltaNetForCausalLM, dataset: Dataset) -> Gu
         devices = f"{arguments.world_size} processes with {arguments.n_gpu} GPUs each"
         raise ValueError(f"The run has {devices}; allowed: one process and one device (CUDA_VISIBLE_DEVICES=0).")
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable(KEEP_MIXING)
     collate = _numbered(collate_packs if recipe.packing else default_data_collator)
-    trainer = GuardedTrainer(model, arguments, train_dataset=dataset, data_collator=collate)
+    trainer = GuardedTrainer(
+        model, arguments, train_dataset=dataset, data_collator=collate, optimizer_cls_and_kwargs=_optimizer(recipe)
+    )
     trainer.remove_callback(PrinterCallback)
+    if recipe.heldout:
+        documents = heldout_documents(recipe.heldout)
+        trainer.add_callback(HeldOut(trainer, tokenizer, documents, recipe.evaluate_every, recipe.block_length))
     return trainer
+
+
+def _schedule(recipe: Recipe) -> dict:
+    initial, final = (rate / recipe.learning_rate for rate in (recipe.initial_learning_rate, recipe.final_learning_rate))
+    if recipe.schedule == "cosine":
+        rates = {"min_lr_rate": final, "warmup_lr_rate": initial}
+        return {"lr_scheduler_type": "cosine_warmup_with_min_lr", "lr_scheduler_kwargs": rates}
+    shape = {"num_decay_steps": recipe.decay_steps, "decay_type": "linear", "min_lr_ratio": final}
+    return {"lr_scheduler_type": recipe.schedule, "lr_scheduler_kwargs": shape}
+
+
+def _optimizer(recipe: Recipe) -> tuple[type, dict] | None:
+    """What makes the optimizer, or `None` where the Trainer's own AdamW does."""
+    if recipe.optimizer == "adamw":
+        return None
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"Recipe: `optimizer` is muon; allowed with torch {torch.__version__}: adamw. 2.9 has Muon.")
+    values = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    return MuonFactory, {**values, "betas": tuple(recipe.betas), "eps": recipe.epsilon}
 
 
 def _numbered(collate: Callable[[list[dict]], dict]) -> Callable[[list[dict]], dict]:

@@ -1,0 +1,124 @@
+"""Linear layers together with what surrounds them, so that less has to be kept for the backward pass.
+
+`swiglu_linear` keeps the two inputs of SwiGLU's product and computes the product again. `linear_cross_entropy` never holds
+the logits of all tokens. Both use a layer's weight outside of the layer, which only a plain layer allows: one that is
+sharded, quantized, adapted or hooked is called as a module instead, with the same result.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from .kernels.cross_entropy import cross_entropy_
+from .kernels.reference import compute_dtype
+from .kernels.swiglu import swiglu, swiglu_backward
+
+LOGITS_AT_ONCE = 2**26
+"""Logits that `linear_cross_entropy` holds: 128 MiB in bfloat16, 2,097 tokens of 32,000 ids."""
+
+
+def plain_weight(layer: nn.Module) -> Tensor | None:
+    """The weight of a linear layer that does nothing but multiply by it, or `None` of any other module."""
+    plain = type(layer) is nn.Linear and layer.bias is None and type(layer.weight) in (Tensor, nn.Parameter)
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer)
+    return layer.weight if plain and not hooked and not hasattr(layer, "_hf_hook") else None
+
+
+def swiglu_linear(gate: Tensor, up: Tensor, down: nn.Module) -> Tensor:
+    """down(silu(gate) * up) for gate and up [..., I]."""
+    weight = plain_weight(down)
+    if torch.compiler.is_compiling() or weight is None or weight.device != gate.device:
+        return down(F.silu(gate) * up)
+    if not torch.is_grad_enabled():
+        return down(swiglu(gate, up))
+    # Under autocast the projections have its dtype and the weight has not.
+    return _SwiGLULinear.apply(gate, up, weight.to(gate.dtype))
+
+
+class _SwiGLULinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, weight):
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(swiglu(gate, up), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        gate, up, weight = ctx.saved_tensors
+        dgate, dup, z = swiglu_backward(gate, up, dy @ weight)
+        dweight = dy.flatten(0, -2).mT @ z.flatten(0, -2) if ctx.needs_input_grad[2] else None
+        return dgate, dup, dweight
+
+
+def linear_cross_entropy(
+    head: nn.Module,
+    hidden: Tensor,
+    shift_labels: Tensor,
+    num_items_in_batch: int | Tensor | None = None,
+    ignore_index: int = -100,
+    **_,
+) -> Tensor:
+    """The loss of `head(hidden)` for hidden [..., D] and labels [...], with a part of the logits at a time.
+
+    The arguments are those of Transformers' `ForCausalLMLoss`, what it knows besides is ignored here as it is there. The
+    sum is divided by `num_items_in_batch`, or by the number of labels other than `ignore_index`. A plain head's gradients
+    are computed in the forward pass already, for other heads the logits are computed again in the backward pass.
+    """
+    hidden, labels = hidden.flatten(0, -2), shift_labels.flatten().to(hidden.device)
+    weight = plain_weight(head)
+    dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
+    # In float16 the gradient of a logit is too small to be rounded before the loss scaler's factor.
+    if weight is None or weight.device != hidden.device or dtype == torch.float16 or torch.compiler.is_compiling():
+        rows = max(1, LOGITS_AT_ONCE // head.out_features)
+        parts = zip(hidden.split(rows), labels.split(rows))
+        total = sum(checkpoint(_summed, head, x, y, ignore_index, use_reentrant=False) for x, y in parts)
+    else:
+        if not torch.is_grad_enabled():
+            hidden, weight = hidden.detach(), weight.detach()
+        total = _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels, ignore_index)
+    items = (labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / (items.to(total.device) if isinstance(items, Tensor) else items)
+
+
+def _summed(head, hidden, labels, ignore_index):
+    logits = head(hidden)
+    return F.cross_entropy(logits.to(compute_dtype(logits.dtype)), labels, ignore_index=ignore_index, reduction="sum")
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The summed loss; its gradients for a gradient of one are ready after the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, ignore_index):
+        exact = compute_dtype(hidden.dtype)
+        total = hidden.new_zeros((), dtype=exact)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        dhidden = torch.empty_like(hidden) if wants_hidden else None
+        dweight = torch.zeros_like(weight, dtype=exact) if wants_weight else None
+        rows = max(1, LOGITS_AT_ONCE // len(weight))
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(hidden), rows):
+                part = slice(start, start + rows)
+                ignored = (labels[part] == ignore_index)[:, None]
+                x = hidden[part].masked_fill(ignored, 0)
+                logits = x @ weight.mT
+                total += cross_entropy_(logits, labels[part], ignore_index, wants_hidden or wants_weight).sum()
+                if wants_hidden:
+                    dhidden[part] = logits @ weight
+                if wants_weight:
+                    dweight += logits.mT @ x
+        ctx.save_for_backward(dhidden, dweight)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dtotal):
+        dhidden, dweight = ctx.saved_tensors
+        dhidden = None if dhidden is None else dhidden * dtotal.to(dhidden.dtype)
+        return dhidden, None if dweight is None else (dweight * dtotal).to(ctx.dtype), None, None
+
+
+__all__ = ["linear_cross_entropy", "plain_weight", "swiglu_linear"]

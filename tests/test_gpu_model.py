@@ -1,0 +1,93 @@
+"""What surrounds the delta rule in a model, on a GPU in 16 bits: norms, SwiGLU, the loss, memory of a training step."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deltanet.benchmarks import model_peers
+from deltanet.fused_deltanet import linear_cross_entropy
+from deltanet.kernels import swiglu as operation
+from deltanet.kernels.cross_entropy import cross_entropy_
+from deltanet.mixer_deltanet import DeltaNetRMSNorm
+
+pytestmark = pytest.mark.gpu
+HALF = torch.bfloat16
+
+
+def relative(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def random(device, *shape, dtype=HALF, seed=0):
+    return torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 1000, 2048), (2, 77, 4, 128), (5, 64)])
+def test_fused_norm_rounds_like_the_composition(cuda, dtype, shape):
+    """One rounding of the same float32 value, save that the mean of squares is summed in another order."""
+    norm, x = DeltaNetRMSNorm(shape[-1], 1e-6).to(cuda, dtype), random(cuda, *shape, dtype=dtype).requires_grad_()
+    with torch.no_grad():
+        norm.weight.copy_(1 + 0.3 * random(cuda, shape[-1], seed=1))
+    gradient = random(cuda, *shape, dtype=dtype, seed=2)
+    actual = norm(x)
+    expected = F.rms_norm(x.double(), norm.weight.shape, norm.weight.double(), 1e-6)
+    composed = F.rms_norm(x.float(), norm.weight.shape, norm.weight.float(), 1e-6).to(dtype)
+    assert "FusedRmsNorm" in type(actual.grad_fn).__name__
+    assert (actual != composed).float().mean() < 1e-3
+    rounding = torch.finfo(dtype).eps / 2
+    assert ((actual.double() - expected).abs() <= 1.01 * rounding * expected.abs() + 1e-7).all()
+    found = torch.autograd.grad(actual, (x, norm.weight), gradient)
+    exact = torch.autograd.grad(expected, (x, norm.weight), gradient.double())
+    assert all(relative(a, e) < rounding for a, e in zip(found, exact))
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 100, 5632), (3, 7, 48), (3, 7)])
+def test_swiglu(cuda, dtype, shape):
+    gate, up, dz = (random(cuda, *shape, dtype=dtype, seed=seed) for seed in range(3))
+    expected = operation._backward(gate.double(), up.double(), dz.double())
+    rounding = torch.finfo(dtype).eps
+    found = (*operation.swiglu_backward(gate, up, dz), operation.swiglu(gate, up))
+    assert all(relative(a, e) < rounding for a, e in zip(found, (*expected, expected[2])))
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float16, torch.float32])
+@pytest.mark.parametrize("V", [50, 32000, 50257])
+def test_cross_entropy(cuda, dtype, V):
+    logits, labels = 4 * random(cuda, 300, V, dtype=dtype), torch.randint(V, (300,), device=cuda)
+    labels[7] = -100
+    exact = logits.double().requires_grad_()
+    losses = F.cross_entropy(exact, labels, reduction="none")
+    (expected,) = torch.autograd.grad(losses.sum(), exact)
+    assert relative(cross_entropy_(logits, labels, -100, gradient=False), losses.detach()) < 1e-5
+    assert relative(cross_entropy_(logits, labels, -100, gradient=True), losses.detach()) < 1e-5
+    assert relative(logits, expected) < max(1e-5, torch.finfo(dtype).eps / 2)
+    assert (logits[7] == 0).all()
+
+
+def test_loss_without_logits(cuda):
+    head = nn.Linear(256, 32000, bias=False, device=cuda, dtype=HALF)
+    hidden, labels = random(cuda, 3000, 256).requires_grad_(), torch.randint(32000, (3000,), device=cuda)
+    labels[5:9] = -100
+    exact = [hidden.detach().double().requires_grad_(), head.weight.detach().double().requires_grad_()]
+    expected = F.cross_entropy(exact[0] @ exact[1].T, labels)
+    composed = F.cross_entropy(head(hidden).float(), labels)
+    gradients = torch.autograd.grad(expected, exact)
+    theirs = [relative(a, e) for a, e in zip(torch.autograd.grad(composed, (hidden, head.weight)), gradients)]
+    actual = linear_cross_entropy(head, hidden, labels)
+    ours = [relative(a, e) for a, e in zip(torch.autograd.grad(actual, (hidden, head.weight)), gradients)]
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert all(a < 1.2 * b for a, b in zip(ours, theirs)), (ours, theirs)
+
+
+def test_memory_of_a_training_step(cuda, record_property):
+    """16,384 tokens in the 1.3B model, gradients included: flash-linear-attention needs 31.6 GiB."""
+    model = model_peers.build("ours", "1.3B", "cuda").train()
+    ids = torch.randint(32000, (1, 16384), device=cuda)
+    torch.cuda.reset_peak_memory_stats()
+    model(ids, labels=ids).loss.backward()
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    record_property("peak_gib", peak)
+    assert peak < 31.6
