@@ -139,7 +139,7 @@ class Implementation(NamedTuple):
     saved: Callable
     """(q, v, cu_seqlens, keep_states) -> uninitialised tensors like what `forward` returns for `backward`, four at most."""
     keeps_states: bool = False
-    """Whether `forward` takes `keep_states`, and `backward` what was kept."""
+    """Whether `forward` takes `keep_states`, and `backward` what was kept, or empty tensors."""
 
 
 def _saved_by_torch(q: Tensor, *_) -> tuple[Tensor, ...]:
@@ -177,8 +177,8 @@ def _triton_implementations() -> tuple[Optional[tuple[Implementation, Implementa
         from .recurrent import step_forward as step
     except ImportError as error:
         return None, f"the Triton kernels cannot be imported ({error})"
-    chunked = Implementation("triton", forward, backward, step, _saved_by_triton, keeps_states=True)
-    return (chunked, Implementation("triton recurrent", recurrence, backward, step, _saved_by_recurrence)), ""
+    chunked = Implementation("triton", forward, backward, step, _saved_by_triton, True)
+    return (chunked, Implementation("triton recurrent", recurrence, backward, step, _saved_by_recurrence, True)), ""
 
 
 def _choose(q: Tensor, recurrent: bool) -> Implementation:

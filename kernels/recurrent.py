@@ -95,8 +95,8 @@ def _run(q, k, v, beta, o, initial, final, indices, cu_seqlens, scale, use_l2) -
         )
 
 
-def recurrent_forward(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens):
-    """As `reference.recurrent_forward`: it saves nothing."""
+def recurrent_forward(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens, keep_states=False):
+    """As `reference.recurrent_forward`: it saves nothing, not even states that one asks to keep."""
     # A tail behind the last sequence is nobody's: its outputs are zero.
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device) if cu_seqlens is None else v.new_zeros(v.shape)
     initial_state = None if initial_state is None else initial_state.contiguous()

@@ -239,7 +239,7 @@ def test_opcheck(rule, options):
     dtype = torch.float16 if options == "half" else torch.float32
     x = [z.requires_grad_() for z in tokens(1, 20, 2, 16, 24, dtype=dtype)]
     h0 = state(1, 2, 16, 24).requires_grad_() if options == "state" else None
-    arguments = (*x, 0.25, h0, options != "plain", True, cu_seqlens)
+    arguments = (*x, 0.25, h0, options != "plain", True, cu_seqlens, options == "state")
     torch.library.opcheck(getattr(OPS, rule.__name__).default, arguments)
 
 
@@ -355,7 +355,7 @@ def test_environment_forces_an_implementation(monkeypatch, caplog, backend):
     with caplog.at_level(logging.INFO, logger="deltanet"):
         actual = run(chunk_delta_rule, inputs)
     assert f"delta rule on cpu: {backend} implementation (DELTANET_BACKEND asks for it)" in caplog.messages
-    saved = OPS.chunk_delta_rule(*inputs[:4], 1.0, None, False, False, None)[2]
+    saved = OPS.chunk_delta_rule(*inputs[:4], 1.0, None, False, False, None, False)[2]
     assert saved.numel() == (0 if backend == "recurrent" else 20 * 64)
     assert_close(actual, with_gradients(lambda *x: delta_rule(*x[:4], h0=x[4]), inputs), 1e-5)
 
