@@ -38,10 +38,20 @@ class RecordedOnCuda:
             with torch.cuda.stream(stream):
                 for _ in range(2):
                     function()
-            # Other threads may go on allocating.
-            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                self.result = function()
+            try:
+                # Other threads may go on allocating.
+                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                    self.result = function()
+            except RuntimeError:
+                self._end_recording(stream, device)
+                raise
             current.wait_stream(stream)
+
+    @staticmethod
+    def _end_recording(stream: "torch.cuda.Stream", device: torch.device) -> None:
+        """After one that failed, the generator of random numbers still thinks that it is recorded: another one ends that."""
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+            torch.zeros(1, device=device)
 
     def replay(self) -> torch.Tensor:
         """Do the work again, on the tensors it was recorded with; the result is overwritten by the next call."""

@@ -60,7 +60,9 @@ def test_kernels_for_hopper(monkeypatch, device, check, dtype, K, V, bounds, spa
     assert {"hopper_output_kernel", "hopper_scan_kernel"} <= set(used)
     check(results, expected, limits(DTYPES[dtype]))
     kept = twice(case, functools.partial(chunk_delta_rule, keep_states=True))
-    assert all(map(torch.equal, kept, results))
+    check(kept, expected, limits(DTYPES[dtype]))
+    if not span:  # maps of spans come from another compilation in the backward, and may round otherwise
+        assert all(map(torch.equal, kept, results))
     monkeypatch.setattr(chunk, "has_copy_engine", lambda _: False)
     check(twice(case), expected, limits(DTYPES[dtype]))
     assert "output_kernel" in used
