@@ -99,13 +99,21 @@ def survey(model: nn.Module) -> Survey:
         if obstacle := _obstacle_in(module, is_root=module is model):
             return Survey(f"{f'module `{name}`' if name else 'the model'} {obstacle}")
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is None:
-                continue
-            device = device or tensor.device
-            if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device != device:
-                return Survey(f"`{name}` has a weight that is a {type(tensor).__name__} on {tensor.device}")
-            weights.append((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()))
+            for part in _parts(tensor):
+                device = device or part.device
+                if type(part) not in (torch.Tensor, nn.Parameter) or part.device != device:
+                    return Survey(f"`{name}` has a weight that is a {type(part).__name__} on {part.device}")
+                weights.append((part.data_ptr(), part.dtype, part.shape, part.stride()))
     return Survey("", tuple(weights))
+
+
+def _parts(tensor: torch.Tensor | None) -> list[torch.Tensor]:
+    """What holds a weight's values: itself, or the tensors inside of a quantized one. One that is sharded stays whole."""
+    if tensor is None:
+        return []
+    if not hasattr(tensor, "__tensor_flatten__") or hasattr(tensor, "to_local"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]
 
 
 def _obstacle_in(module: nn.Module, is_root: bool) -> str:
