@@ -142,6 +142,17 @@ def test_another_stream(cuda, graphs):
     assert graphs.recorded == 2
 
 
+def test_memory_that_others_free(cuda, graphs):
+    """The workspaces of cuBLAS, which `torch.compile` with CUDA graphs of its own throws away."""
+    model, ids = middle(cuda, torch.bfloat16), ids_on(cuda, 5)
+    expected = generate(model, ids)
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    rubbish = [torch.full((2**22,), float("nan"), device=cuda) for _ in range(16)]
+    assert torch.equal(generate(model, ids), expected)
+    assert all(bool(x.isnan().all()) for x in rubbish) and graphs.recorded == 1
+
+
 @pytest.mark.parametrize("change", ["replaced", "dtype", "loaded", "moved"])
 def test_weights_that_change(device, graphs, change):
     model, ids = middle(device), ids_on(device, 2)
