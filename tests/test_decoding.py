@@ -103,16 +103,24 @@ def both_ways(model, ids, works):
 
 
 def test_forwards_within_a_call(graphs):
-    """Of several tokens, and with a loss, on the cache that is being generated with; and on another."""
-    model, ids, others = generator(), token_ids(2, 6), iter([DynamicCache(config=generator().config) for _ in range(2)])
+    """Of another model, on another cache, and of several tokens and with a loss on the cache that is generated with."""
+    model, another, ids, config = generator(), generator(seed=1), token_ids(2, 6), generator().config
+    others = iter([DynamicCache(config=config) for _ in range(4)])
 
     def works(cache):
-        other = next(others)
+        first, second = next(others), next(others)
+
+        def forward(model, ids, cache, **options):
+            return lambda: model(ids, **{CACHE_NAME: cache}, **options).logits
+
+        with torch.no_grad():
+            forward(another, token_ids(2, 4), first)()
         return {
-            2: lambda: model(token_ids(2, 3), past_key_values=cache).logits,
-            3: lambda: model(token_ids(2, 4), past_key_values=other).logits,
-            4: lambda: model(token_ids(2, 1), past_key_values=other).logits,
-            5: lambda: model(ids[:, :1], labels=ids[:, :1], past_key_values=cache).logits,
+            1: forward(another, token_ids(2, 1), first),
+            2: forward(model, token_ids(2, 3), cache),
+            3: forward(model, token_ids(2, 4), second),
+            4: forward(model, token_ids(2, 1), second),
+            5: forward(model, ids[:, :1], cache, labels=ids[:, :1]),
         }
 
     assert all(map(torch.equal, *both_ways(model, ids, works)))

@@ -83,7 +83,8 @@ def test_ways(device, graphs, way, dtype):
         chosen = {**options, "disable_compile": True} if run is eagerly else options
         outcomes.append(run(model, ids, 32, **chosen))
     assert torch.equal(*outcomes)
-    assert graphs.replayed == 31 * (2 if "num_beams" in options else 1)
+    # Transformers 5.17 does not tell the last token of a prompt, alone in its chunk, from a decoded one.
+    assert graphs.replayed - 31 * (2 if "num_beams" in options else 1) in ((0, 1) if way == "chunked" else (0,))
 
 
 def test_returned_caches_are_independent(device, graphs):
