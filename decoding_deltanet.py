@@ -73,7 +73,7 @@ class Decoding:
             return None  # a prompt of one token
         if obstacle := _obstacle_in_cache(cache, device):
             return self.refuse(device, obstacle)
-        key = (self.survey.weights, _circumstances(device), input_ids.shape, layout(cache))
+        key = (self.survey.weights, _circumstances(device), layout(cache))
         step = self.model.decode_graphs.take(key) or self._record(forward, input_ids, cache, key)
         if step is not None:
             self.loan = Loan(cache, step)

@@ -24,34 +24,29 @@ _KNOWN_MODULES = ("torch.nn.modules.", "transformers.activations.", __name__.rpa
 
 
 class RecordedOnCuda:
-    """The work of `function`, which takes nothing and returns a tensor, as a CUDA graph.
+    """The work of `function`, which takes nothing and returns a tensor, as a CUDA graph for the current stream.
 
-    It runs twice before, which compiles and allocates what cannot be compiled or allocated while recording.
+    The function runs twice before, which compiles and loads what cannot be compiled or loaded while recording.
     """
 
     def __init__(self, function: Callable[[], torch.Tensor], device: torch.device):
-        self.graph = torch.cuda.CUDAGraph()
-        current, stream = torch.cuda.current_stream(device), _recording_stream(device)
-        # The outer context restores the stream after a recording that failed, which the inner ones do not.
+        self.graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+        # The outer context restores the stream after a recording that failed, which the inner one does not.
         with torch.cuda.device(device), torch.cuda.stream(current):
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    function()
+            for _ in range(2):
+                self.result = function()
+            stream, keeper = _place_to_record(current)
+            # Other threads may go on allocating.
+            options = {"pool": keeper.pool(), "stream": stream, "capture_error_mode": "thread_local"}
             try:
-                # Other threads may go on allocating.
-                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                    self.result = function()
+                with torch.cuda.graph(self.graph, **options):
+                    # Not in the memory of the recordings, which the next one to be replayed may overwrite.
+                    self.result.copy_(function())
             except RuntimeError:
-                self._end_recording(stream, device)
+                # The generator of random numbers still thinks that it is recorded; a recording that succeeds ends that.
+                with torch.cuda.graph(torch.cuda.CUDAGraph(), **options):
+                    torch.zeros(1, device=device)
                 raise
-            current.wait_stream(stream)
-
-    @staticmethod
-    def _end_recording(stream: "torch.cuda.Stream", device: torch.device) -> None:
-        """After one that failed, the generator of random numbers still thinks that it is recorded: another one ends that."""
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
-            torch.zeros(1, device=device)
 
     def replay(self) -> torch.Tensor:
         """Do the work again, on the tensors it was recorded with; the result is overwritten by the next call."""
@@ -59,14 +54,22 @@ class RecordedOnCuda:
         return self.result
 
 
-_streams: dict[torch.device, "torch.cuda.Stream"] = {}
+_places: dict[tuple, tuple] = {}
 
 
-def _recording_stream(device: torch.device) -> "torch.cuda.Stream":
-    # One for all: cuBLAS keeps a workspace for every stream it has seen.
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
+def _place_to_record(current: "torch.cuda.Stream") -> tuple["torch.cuda.Stream", "torch.cuda.CUDAGraph"]:
+    """The stream to record on and a graph that keeps the memory of all recordings that are replayed on `current`.
+
+    They share it, for one is replayed after the other. The workspace of cuBLAS belongs to it too: one outside could be
+    freed under the recordings, which `torch.compile` does, and one for several streams would be used by all at once.
+    """
+    key = (current.device, current.cuda_stream)
+    if key not in _places:
+        stream, keeper = torch.cuda.Stream(current.device), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(keeper, stream=stream, capture_error_mode="thread_local"):
+            torch.zeros(1, device=current.device)
+        _places[key] = stream, keeper
+    return _places[key]
 
 
 RECORDERS = {"cuda": RecordedOnCuda}
@@ -109,13 +112,21 @@ def survey(model: nn.Module) -> Survey:
         if obstacle := _obstacle_in(module, is_root=module is model):
             return Survey(f"{f'module `{name}`' if name else 'the model'} {obstacle}")
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is None:
-                continue
-            device = device or tensor.device
-            if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device != device:
-                return Survey(f"`{name}` has a weight that is a {type(tensor).__name__} on {tensor.device}")
-            weights.append((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()))
+            for part in _parts(tensor):
+                device = device or part.device
+                if type(part) not in (torch.Tensor, nn.Parameter) or part.device != device:
+                    return Survey(f"`{name}` has a weight that is a {type(part).__name__} on {part.device}")
+                weights.append((part.data_ptr(), part.dtype, part.shape, part.stride()))
     return Survey("", tuple(weights))
+
+
+def _parts(tensor: torch.Tensor | None) -> list[torch.Tensor]:
+    """What holds a weight's values: itself, or the tensors inside of a quantized one. One that is sharded stays whole."""
+    if tensor is None:
+        return []
+    if not hasattr(tensor, "__tensor_flatten__") or hasattr(tensor, "to_local"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]
 
 
 def _obstacle_in(module: nn.Module, is_root: bool) -> str:

@@ -37,6 +37,7 @@ MODES = {
     "top-k, top-p": {"do_sample": True, "top_k": 5, "top_p": 0.9, "temperature": 0.7},
     "beam 4": {"do_sample": False, "num_beams": 4},
 }
+BATCHES = (1, 32)
 PARTS = {
     "inputs": "prepare_inputs_for_generation",
     "forward": "forward",
@@ -92,6 +93,13 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.count += 1
         return function(*args, **(kwargs or {}))
+
+
+def make_models() -> dict:
+    """A model for each way, of 24 layers."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 24, "num_heads": 2, "intermediate_size": 32, "vocab_size": 16}
+    config = DeltaNetConfig(**sizes, pad_token_id=0, bos_token_id=None, eos_token_id=None)
+    return {way: model_class(config).eval() for way, model_class in WAYS.items()}
 
 
 def generate(model, batch, tokens, mode):
@@ -163,12 +171,10 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     RECORDERS["cpu"] = Nothing
-    sizes = {"hidden_size": 32, "num_hidden_layers": 24, "num_heads": 2, "intermediate_size": 32, "vocab_size": 16}
-    config = DeltaNetConfig(**sizes, pad_token_id=0, bos_token_id=None, eos_token_id=None)
-    models = {way: model_class(config).eval() for way, model_class in WAYS.items()}
+    models = make_models()
     rows = []
     for mode in MODES:
-        for batch in (1, 32):
+        for batch in BATCHES:
             for row in measure(models, batch, mode, arguments.tokens, arguments.repeats):
                 print(*(f"{row[key]:<14}" for key in list(row)[:-1]), row["parts_us"], flush=True)
                 rows.append(row)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from models import token_ids
 from recording import Meanwhile, counting, eagerly, generate, generator
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache, TorchAoConfig
 
-from deltanet import graphs_deltanet
+from deltanet import DeltaNetForCausalLM, graphs_deltanet
 from deltanet.benchmarks.generation_matrix import BATCHES, CELLS, compare
 from deltanet.cache_deltanet import CACHE_NAME
 from deltanet.graphs_deltanet import cache_slots
@@ -91,7 +91,9 @@ def within(run, model, ids, works, cache):
     meanwhile = [Meanwhile(work, steps=(step,)) for step, work in works.items()]
     sequences = run(model, ids, logits_processor=meanwhile, **{CACHE_NAME: cache})
     results = [result for each in meanwhile for result in each.results if isinstance(result, torch.Tensor)]
-    return [sequences, *results, *(holder[name].clone() for holder, name in cache_slots(cache))]
+    left = [holder[name].clone() for holder, name in cache_slots(cache)]
+    with torch.no_grad():
+        return [sequences, *results, *left, model(ids, past_key_values=cache).logits]
 
 
 def both_ways(model, ids, works):
@@ -101,16 +103,24 @@ def both_ways(model, ids, works):
 
 
 def test_forwards_within_a_call(graphs):
-    """Of several tokens, and with a loss, on the cache that is being generated with; and on another."""
-    model, ids, others = generator(), token_ids(2, 6), iter([DynamicCache(config=generator().config) for _ in range(2)])
+    """Of another model, on another cache, and of several tokens and with a loss on the cache that is generated with."""
+    model, another, ids, config = generator(), generator(seed=1), token_ids(2, 6), generator().config
+    others = iter([DynamicCache(config=config) for _ in range(4)])
 
     def works(cache):
-        other = next(others)
+        first, second = next(others), next(others)
+
+        def forward(model, ids, cache, **options):
+            return lambda: model(ids, **{CACHE_NAME: cache}, **options).logits
+
+        with torch.no_grad():
+            forward(another, token_ids(2, 4), first)()
         return {
-            2: lambda: model(token_ids(2, 3), past_key_values=cache).logits,
-            3: lambda: model(token_ids(2, 4), past_key_values=other).logits,
-            4: lambda: model(token_ids(2, 1), past_key_values=other).logits,
-            5: lambda: model(ids[:, :1], labels=ids[:, :1], past_key_values=cache).logits,
+            1: forward(another, token_ids(2, 1), first),
+            2: forward(model, token_ids(2, 3), cache),
+            3: forward(model, token_ids(2, 4), second),
+            4: forward(model, token_ids(2, 1), second),
+            5: forward(model, ids[:, :1], cache, labels=ids[:, :1]),
         }
 
     assert all(map(torch.equal, *both_ways(model, ids, works)))
@@ -119,6 +129,7 @@ def test_forwards_within_a_call(graphs):
 
 CACHE_CHANGES = {
     "batch": lambda model, cache: (cache.batch_repeat_interleave(2), cache.batch_select_indices(torch.tensor([2, 0]))),
+    "empty": lambda model, cache: cache.reset(),
     "reset": lambda model, cache: (cache.reset(), model(token_ids(2, 4), past_key_values=cache)),
     "fork": lambda model, cache: model(token_ids(2, 1), past_key_values=copy.deepcopy(cache)).logits,
 }
@@ -130,6 +141,28 @@ def test_a_cache_that_changes_within_a_call(graphs, change):
     works = lambda cache: {4: lambda: CACHE_CHANGES[change](model, cache)}  # noqa: E731
     assert all(map(torch.equal, *both_ways(model, token_ids(2, 6), works)))
     assert graphs.replayed >= 3
+
+
+def test_a_loop_of_the_callers_own(graphs):
+    """It may keep the logits of earlier tokens, and look at the mask."""
+
+    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        ids, logits, widths = input_ids, [], []
+        for i in range(6):
+            inputs = model.prepare_inputs_for_generation(
+                ids, next_sequence_length=1 if i else None, is_first_iteration=i == 0, **model_kwargs
+            )
+            outputs = model(**inputs)
+            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+            logits.append(outputs.logits[:, -1])
+            ids = torch.cat([ids, logits[-1].argmax(-1, keepdim=True)], 1)
+            widths.append(model_kwargs["position_ids"].shape[1] - ids.shape[1])
+        assert len(set(widths)) == 1
+        return torch.stack(logits, 1)
+
+    model, ids = generator(), token_ids(2, 6)
+    assert torch.equal(generate(model, ids, custom_generate=loop), eagerly(model, ids, custom_generate=loop))
+    assert graphs.replayed == 5
 
 
 def test_an_interrupted_call(graphs):
@@ -215,6 +248,20 @@ def test_weights_that_change(graphs, name, monkeypatch):
     if name in ("replaced", "tied", "loaded", "in place"):
         assert not torch.equal(generate(model, ids), before)
     assert len(model.decode_graphs) == (2 if name == "backend" else 1)
+
+
+def test_quantized_weights(graphs, tmp_path):
+    """Their memory is that of the tensors inside."""
+    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    generator().save_pretrained(tmp_path)
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    model, ids = DeltaNetForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu"), token_ids(2, 6)
+    before = generate(model, ids)
+    weight = model.model.layers[1].mlp.down_proj.weight
+    weight.qdata = weight.qdata.flip(0)
+    actual = generate(model, ids)
+    assert torch.equal(actual, eagerly(model, ids)) and not torch.equal(actual, before)
+    assert graphs.recorded == 2 and graphs.replayed == 14
 
 
 def test_the_oldest_unused_steps_go(graphs):

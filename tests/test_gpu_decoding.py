@@ -83,8 +83,8 @@ def test_ways(device, graphs, way, dtype):
         chosen = {**options, "disable_compile": True} if run is eagerly else options
         outcomes.append(run(model, ids, 32, **chosen))
     assert torch.equal(*outcomes)
-    # Nine tokens in chunks of four: the last one of the prompt comes alone, and is a step as well.
-    assert graphs.replayed == 31 * (2 if "num_beams" in options else 1) + (way == "chunked")
+    # Transformers 5.17 does not tell the last token of a prompt, alone in its chunk, from a decoded one.
+    assert graphs.replayed - 31 * (2 if "num_beams" in options else 1) in ((0, 1) if way == "chunked" else (0,))
 
 
 def test_returned_caches_are_independent(device, graphs):
@@ -141,6 +141,17 @@ def test_another_stream(cuda, graphs):
     stream.synchronize()
     assert torch.equal(actual, expected) and torch.equal(generate(model, ids), expected)
     assert graphs.recorded == 2
+
+
+def test_memory_that_others_free(cuda, graphs):
+    """The workspaces of cuBLAS, which `torch.compile` with CUDA graphs of its own throws away."""
+    model, ids = middle(cuda, torch.bfloat16), ids_on(cuda, 5)
+    expected = generate(model, ids)
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    rubbish = [torch.full((2**22,), float("nan"), device=cuda) for _ in range(16)]
+    assert torch.equal(generate(model, ids), expected)
+    assert all(bool(x.isnan().all()) for x in rubbish) and graphs.recorded == 1
 
 
 @pytest.mark.parametrize("change", ["replaced", "dtype", "loaded", "moved"])
