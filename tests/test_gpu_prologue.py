@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from deltanet import DeltaNetForCausalLM
 from deltanet.kernels import prologue as module
 from deltanet.kernels.prologue import delta_rule_prologue
+from deltanet.kernels.short_conv import padding_order
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,7 +59,7 @@ def test_lengths_and_widths(device, check, dtype, T, W):
 @pytest.mark.parametrize("states", [True, False])
 def test_many_tokens(device, check, dtype, states):
     """Long strips: enough programs to fill the card."""
-    run(check, Case(device, dtype, 4096, (1024, 1024, 2048), B=8, heads=8, states=states))
+    run(check, Case(device, dtype, 4096, (512, 512, 1024), B=8, heads=8, states=states))
 
 
 @DTYPE
@@ -78,6 +79,23 @@ def test_packs(device, check, dtype, W, bounds, T):
     actual = run(check, Case(device, dtype, T, (200, 256, 264), W, bounds=bounds))
     for i in (0, 1, 2, 7, 8, 9):
         assert not actual[i][:, bounds[-1] :].any(), f"{NAMES[i]} of a token of no sequence"
+
+
+@DTYPE
+@pytest.mark.parametrize("W", [2, 3, 4])
+@pytest.mark.parametrize("states", [True, False])
+def test_padding_is_as_if_cut_out(device, check, dtype, W, states):
+    """Padding left, right, anywhere, everywhere, nowhere, and all but one token; whatever it holds."""
+    case, T = Case(device, dtype, 200, (200, 256, 264), W, B=6, states=states), torch.arange(200)
+    anywhere = torch.rand(200, generator=torch.Generator().manual_seed(3)) < 0.7
+    mask = torch.stack([T >= 67, T < 3, anywhere, T < 0, T >= 0, T == 199]).to(device)
+    clean = [x.clone() for x in case.streams]
+    for x in case.streams:
+        x[~mask] = float("nan")
+    case.padding_order = padding_order(mask, W)
+    actual = twice(case)
+    case.streams, pieces = clean, [row.nonzero().flatten() for row in mask]
+    check(actual, case.expected(pieces), limits(dtype)[: len(actual)], NAMES)
 
 
 @DTYPE
