@@ -150,14 +150,15 @@ def test_a_gradient_of_some_results(device, check):
         check(list(actual), one.expected()[7:], limits(HALF)[7:], NAMES[7:])
 
 
-def loss(case, inputs, cu_seqlens=None):
-    results = delta_rule_prologue(*inputs[:4], inputs[4:7], beta_scale=2.0, output_final_state=True, cu_seqlens=cu_seqlens)
+def loss(*inputs):
+    results = delta_rule_prologue(*inputs[:4], inputs[4:], beta_scale=2.0, output_final_state=True)
     return sum(x.float().square().sum() for x in (*results[:4], *results[4]))
 
 
-def gradients(function, case, **options):
-    inputs = [x.detach().requires_grad_() for x in case.inputs[:7]]
-    value = function(case, inputs, **options)
+def gradients(function, device, T):
+    inputs = Case(device, HALF, T, (128, 128, 256), B=2, states=False).inputs
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    value = function(*inputs)
     return [value.detach(), *torch.autograd.grad(value, inputs)]
 
 
@@ -166,19 +167,17 @@ def test_compile_fullgraph_any_length(cuda):
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
     for T in (70, 300, 33, 1000):
-        case = Case(cuda, HALF, T, (128, 128, 256), B=2, states=False)
-        assert_close(gradients(compiled, case), gradients(loss, case), 1e-2, range(8))
+        assert_close(gradients(compiled, cuda, T), gradients(loss, cuda, T), 1e-2, range(8))
     assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_activation_checkpointing(device, compiled):
     torch._dynamo.reset()
-    case = Case(device, HALF, 200, (128, 128, 256), B=2, states=False)
-    function = lambda case, inputs: checkpoint(loss, case, inputs, use_reentrant=False)  # noqa: E731
+    function = lambda *inputs: checkpoint(loss, *inputs, use_reentrant=False)  # noqa: E731
     if compiled:
         function = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert_close(gradients(function, case), gradients(loss, case), 1e-6, range(8))
+    assert_close(gradients(function, device, 200), gradients(loss, device, 200), 1e-6, range(8))
 
 
 @pytest.mark.parametrize("bounds", [None, [0, 0, 1, 130, 290]])
