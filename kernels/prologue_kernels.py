@@ -10,9 +10,9 @@ output that read it is known:
 where s also runs over the state, positions -(W - 1) to -1. A strip sums its share of dweight, and `sum_kernel` adds the
 strips in a fixed order: two runs agree in every bit.
 
-Bytes for a token and a channel in 16 bits: 4 forward (x, y), 6 backward (x, dy, dx) and 8 W / strip for dweight; strips
-also read 2 (W - 1) or 3 (W - 1) neighbouring rows, mostly from the L2 cache. B8 T4096 with 3 x 2048 channels: 0.81 GB and
-1.21 GB, predicted 0.27 and 0.43 ms at 3 TB/s.
+Bytes for a token and a channel in 16 bits: 4 forward (x, y); backward 6 (x, dy, dx) and 8 W / strip, the sums of strips
+written and read. Strips read 2 (W - 1) or 3 (W - 1) rows of their neighbours, mostly from the L2 cache. B8 T4096 with 3 x
+2,048 channels: 0.81 GB and 1.26 GB, predicted 0.27 and 0.42 ms at 3 TB/s.
 
 Symbols: the glossary of `delta_rule.py`; D channels, W the convolution's width, BD channels of a program.
 """
