@@ -226,20 +226,19 @@ def _save(ctx, inputs, output):
 
 def _differentiate(op, ctx, *gradients):
     *tensors, cu_seqlens, order, padded = ctx.saved_tensors
-    streams, b, states = tensors[:3], tensors[3], tensors[7:]
-    past = tensors[4].shape[2] - 1
+    streams, b, weight, states = tensors[:3], tensors[3], tensors[4], tensors[7:]
     dy = [x.new_zeros(x.shape) if g is None else g for x, g in zip(streams, gradients)]
-    dbeta, dfinals = None if b is None else gradients[3], list(gradients[4:])
+    dbeta, dfinals = gradients[3], gradients[4:]
     if b is not None and dbeta is None:
         dbeta = b.new_zeros(b.shape, dtype=torch.float32)
     if any(g is not None for g in dfinals):
         sequences = streams[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        missing = [x.new_zeros(sequences, x.shape[2], past) if g is None else g for x, g in zip(streams, dfinals)]
-        dfinals = missing
+        shapes = [(sequences, x.shape[2], weight.shape[2] - 1) for x in streams]
+        dfinals = [x.new_zeros(shape) if g is None else g for x, g, shape in zip(streams, dfinals, shapes)]
     results = op(*dy, dbeta, *dfinals, *tensors, ctx.beta_scale, cu_seqlens, order, padded)
-    dx, db, dweights, dstates = results[:3], results[3], results[4:7], results[7:]
-    dstates = [None if state is None else g for state, g in zip(states, dstates)]
-    return *dx, None if b is None else db, *dweights, *dstates, None, None, None, None, None
+    *dstreams, db = results[:4]
+    dstates = [None if state is None else g for state, g in zip(states, results[7:])]
+    return *dstreams, None if b is None else db, *results[4:7], *dstates, None, None, None, None, None
 
 
 def _refuse(ctx, *gradients):
