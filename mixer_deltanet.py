@@ -167,7 +167,17 @@ class DeltaNetMixer(nn.Module):
             streams = self._with_kernels(lambda weights: self._step(streams, weights, conv_states))
         else:
             *streams, beta, new_states = self._with_kernels(
-                lambda weights: self._convolve(streams, b, weights, conv_states, layout, output_state)
+                lambda weights: delta_rule_prologue(
+                    *streams,
+                    b,
+                    weights,
+                    beta_scale=self.beta_scale,
+                    activations=self.activations,
+                    initial_states=conv_states,
+                    output_final_state=output_state,
+                    cu_seqlens=layout.cu_seqlens,
+                    padding_order=layout.order,
+                )
             )
         q, k = (self._feature_map(x.unflatten(-1, (-1, self.head_k_dim)), layout) for x in streams[:2])
         v = streams[2].unflatten(-1, (-1, self.head_v_dim))
@@ -181,23 +191,6 @@ class DeltaNetMixer(nn.Module):
         """One token; `conv_states` are updated in place."""
         rows = zip(streams, weights, self.activations, conv_states)
         return [short_convolution_step(x[:, 0], w, None, activation, state)[:, None] for x, w, activation, state in rows]
-
-    def _convolve(self, streams, b, weights, conv_states, layout, output_state):
-        order = layout.order
-        if order is not None and not output_state and conv_states[0] is None:
-            # Nothing precedes or follows, so zeros in place of padding are exact and cheaper than stepping over it.
-            streams, order = [x.masked_fill(~layout.real[..., None], 0) for x in streams], None
-        return delta_rule_prologue(
-            *streams,
-            b,
-            weights,
-            beta_scale=self.beta_scale,
-            activations=self.activations,
-            initial_states=conv_states,
-            output_final_state=output_state,
-            cu_seqlens=layout.cu_seqlens,
-            padding_order=order,
-        )
 
     def _feature_map(self, x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         """Activations other than SiLU, and the normalisation by the sum; the L2 norm is the operation's own."""

@@ -10,7 +10,7 @@ What runs for q, k and v of 2,048 channels and b of 16 heads:
     fla-gluon   the same with the convolutions that fla does not use unless asked to (FLA_CONV_GLUON=1)
     norm        what the norm costs inside the delta rule: its forward, and its backward, with the norm and without
 
-Predicted from bytes at 3 TB/s, forward 4 and backward 6.5 a token and channel: 0.27 and 0.44 ms at B8 T4096, half of it
+Predicted from bytes at 3 TB/s, forward 4 and backward 6.3 a token and channel: 0.27 and 0.42 ms at B8 T4096, half of it
 at 16,384 tokens. `device_ms` is the median time the device is busy with a call, `wall_ms` includes the host. fla tunes
 itself at the first call of a shape, which takes minutes. --device cpu --tiny tries every step without a GPU.
 """

@@ -16,6 +16,8 @@ import torch
 
 from ..kernels.decode_step import decode_step
 from ..kernels.delta_rule import chunk_delta_rule, delta_rule_step, recurrent_delta_rule
+from ..kernels.prologue import WIDTHS, delta_rule_prologue
+from ..kernels.short_conv import padding_order
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SIZES = ((16, 16), (64, 64), (128, 128), (256, 256), (24, 100), (192, 64), (64, 256))
@@ -71,6 +73,24 @@ def decoding(x, cu_seqlens, state_dtype, width):
     return [o, state, *past]
 
 
+def before(x, cu_seqlens, width, padded):
+    """The prologue, forward and backward, on q, k, v and beta as its projections, with states in and out."""
+    *streams, b, h0 = [*(z.flatten(2) for z in x[:3]), *x[3:]]
+    weights = [torch.randn(z.shape[2], 1, width, device=b.device, dtype=z.dtype) for z in streams]
+    states = [z.new_ones(len(h0), z.shape[2], width - 1) for z in streams]
+    tensors = [z.requires_grad_() for z in (*streams, b, *weights, *states)]
+    order = None
+    if padded:
+        B, T, _ = b.shape
+        order = padding_order((torch.arange(B * T, device=b.device) % 5 > 1).view(B, T), width)
+    *results, finals = delta_rule_prologue(
+        *tensors[:4], tensors[4:7], initial_states=tensors[7:], output_final_state=True, cu_seqlens=cu_seqlens,
+        padding_order=order,
+    )  # fmt: skip
+    results += finals
+    return [*results, *torch.autograd.grad(results, tensors, [torch.randn_like(result) for result in results])]
+
+
 def cases(names):
     """(description, what to call, its arguments without the device)."""
     for dtype, (K, V), shape in itertools.product(names, SIZES, SHAPES):
@@ -83,6 +103,10 @@ def cases(names):
                 yield name, decoding, (dtype, K, V, shape), (state_dtype, width)
         if "long" not in shape:
             yield f"stepwise {dtype} {K}x{V} {shape}", stepwise, (dtype, K, V, shape), ()
+        for width, padded in itertools.product(WIDTHS, (False, True)) if (K, V) in ((24, 100), (128, 128)) else ():
+            if not (padded and "packed" in shape):
+                options = f"width {width}{' padded' if padded else ''}"
+                yield f"prologue {dtype} {K}x{V} {shape} {options}", before, (dtype, K, V, shape), (width, padded)
 
 
 def run(device, function, case, options) -> str:

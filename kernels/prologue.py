@@ -61,8 +61,8 @@ def delta_rule_prologue(
         initial_states, output_final_state, cu_seqlens, padding_order: as in `short_convolution`, the states as three.
 
     All arithmetic is float32 (float64 for float64), with one rounding at the end. The fused kernels take SiLU for all
-    three, one width of 2 to 4, one dtype other than float64, and no padding_order; they are differentiable once, sum in
-    a fixed order, and never wait for the device.
+    three, one width of 2 to 4 and one dtype other than float64; they are differentiable once, sum in a fixed order, and
+    never wait for the device.
 
     Raises:
         TypeError, ValueError: an argument does not fit, as in `short_convolution`.
@@ -74,9 +74,10 @@ def delta_rule_prologue(
     for name, x in (("k", k), ("v", v), ("b", b)):
         if x is not None and (x.dim() != 3 or x.shape[:2] != q.shape[:2]):
             raise ValueError(f"{name} has shape {tuple(x.shape)} and q {tuple(q.shape)}; [B, T] must be equal")
-    reason = _not_covered(streams, weights, activations, initial_states, padding_order)
+    reason = _not_covered(streams, weights, activations, initial_states)
     if _is_fused(q.device, q.dtype, reason):
-        results = _op(*streams, b, *weights, *initial_states, float(beta_scale), output_final_state, cu_seqlens)
+        order = (None, None) if padding_order is None else (padding_order.gather, padding_order.padded)
+        results = _op(*streams, b, *weights, *initial_states, float(beta_scale), output_final_state, cu_seqlens, *order)
         finals = results[4:] if output_final_state else (None, None, None)
         return Prologue(*results[:3], None if b is None else results[3], tuple(finals))
     convolved = [
@@ -87,11 +88,9 @@ def delta_rule_prologue(
     return Prologue(*(y for y, _ in convolved), beta, tuple(final for _, final in convolved))
 
 
-def _not_covered(streams, weights, activations, initial_states, padding_order) -> str:
+def _not_covered(streams, weights, activations, initial_states) -> str:
     """Why the kernels do not take these arguments, on any device; empty where they do."""
     width = weights[0].shape[-1]
-    if padding_order is not None:
-        return "padding must be stepped over"
     if any(activation != "silu" for activation in activations):
         return "an activation other than SiLU"
     if width not in WIDTHS or any(weight.shape[-1] != width for weight in weights):
@@ -148,16 +147,23 @@ def _define():
         beta_scale: float,
         output_final_state: bool,
         cu_seqlens: Optional[Tensor],
+        order: Optional[Tensor],
+        padded: Optional[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         from .prologue_launch import prologue_forward
 
         weights, states = [q_weight, k_weight, v_weight], [q_state, k_state, v_state]
-        results, beta, finals = prologue_forward([q, k, v], weights, b, states, beta_scale, output_final_state, cu_seqlens)
+        results, beta, finals = prologue_forward(
+            [q, k, v], weights, b, states, beta_scale, output_final_state, cu_seqlens, order, padded
+        )
         beta = q.new_empty(0, dtype=torch.float32) if beta is None else beta
         return *results, beta, *(q.new_empty(0) if final is None else final for final in finals)
 
     @forward.register_fake
-    def _(q, k, v, b, q_weight, k_weight, v_weight, q_state, k_state, v_state, beta_scale, output_final_state, cu_seqlens):
+    def _(
+        q, k, v, b, q_weight, k_weight, v_weight, q_state, k_state, v_state, beta_scale, output_final_state, cu_seqlens,
+        order, padded,
+    ):  # fmt: skip
         sequences, past = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, q_weight.shape[2] - 1
         results = [x.new_empty(x.shape) for x in (q, k, v)]
         finals = [x.new_empty((sequences, x.shape[2], past) if output_final_state else 0) for x in (q, k, v)]
@@ -184,13 +190,15 @@ def _define():
         v_state: Optional[Tensor],
         beta_scale: float,
         cu_seqlens: Optional[Tensor],
+        order: Optional[Tensor],
+        padded: Optional[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         from .prologue_launch import prologue_backward
 
         weights, states = [q_weight, k_weight, v_weight], [q_state, k_state, v_state]
         finals = [dq_final, dk_final, dv_final]
         dstreams, dweights, db, dstates = prologue_backward(
-            [dq, dk, dv], dbeta, finals, [q, k, v], weights, b, states, beta_scale, cu_seqlens
+            [dq, dk, dv], dbeta, finals, [q, k, v], weights, b, states, beta_scale, cu_seqlens, order, padded
         )
         db = q.new_empty(0) if db is None else db
         return *dstreams, db, *dweights, *(q.new_empty(0) if dstate is None else dstate for dstate in dstates)
@@ -209,29 +217,28 @@ def _define():
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.beta_scale, output_final_state, cu_seqlens = inputs
-    ctx.save_for_backward(*tensors, cu_seqlens)
+    *tensors, ctx.beta_scale, output_final_state, cu_seqlens, order, padded = inputs
+    ctx.save_for_backward(*tensors, cu_seqlens, order, padded)
     unused = [] if tensors[3] is not None else [output[3]]
     ctx.mark_non_differentiable(*unused, *(() if output_final_state else output[4:]))
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(op, ctx, *gradients):
-    *tensors, cu_seqlens = ctx.saved_tensors
-    streams, b, states = tensors[:3], tensors[3], tensors[7:]
-    past = tensors[4].shape[2] - 1
+    *tensors, cu_seqlens, order, padded = ctx.saved_tensors
+    streams, b, weight, states = tensors[:3], tensors[3], tensors[4], tensors[7:]
     dy = [x.new_zeros(x.shape) if g is None else g for x, g in zip(streams, gradients)]
-    dbeta, dfinals = None if b is None else gradients[3], list(gradients[4:])
+    dbeta, dfinals = gradients[3], gradients[4:]
     if b is not None and dbeta is None:
         dbeta = b.new_zeros(b.shape, dtype=torch.float32)
     if any(g is not None for g in dfinals):
         sequences = streams[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        missing = [x.new_zeros(sequences, x.shape[2], past) if g is None else g for x, g in zip(streams, dfinals)]
-        dfinals = missing
-    results = op(*dy, dbeta, *dfinals, *tensors, ctx.beta_scale, cu_seqlens)
-    dx, db, dweights, dstates = results[:3], results[3], results[4:7], results[7:]
-    dstates = [None if state is None else g for state, g in zip(states, dstates)]
-    return *dx, None if b is None else db, *dweights, *dstates, None, None, None
+        shapes = [(sequences, x.shape[2], weight.shape[2] - 1) for x in streams]
+        dfinals = [x.new_zeros(shape) if g is None else g for x, g, shape in zip(streams, dfinals, shapes)]
+    results = op(*dy, dbeta, *dfinals, *tensors, ctx.beta_scale, cu_seqlens, order, padded)
+    *dstreams, db = results[:4]
+    dstates = [None if state is None else g for state, g in zip(states, results[7:])]
+    return *dstreams, None if b is None else db, *results[4:7], *dstates, None, None, None, None, None
 
 
 def _refuse(ctx, *gradients):

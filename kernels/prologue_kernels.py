@@ -10,9 +10,9 @@ output that read it is known:
 where s also runs over the state, positions -(W - 1) to -1. A strip sums its share of dweight, and `sum_kernel` adds the
 strips in a fixed order: two runs agree in every bit.
 
-Bytes for a token and a channel in 16 bits: 4 forward (x, y), 6 backward (x, dy, dx) and 8 W / strip for dweight; strips
-also read 2 (W - 1) or 3 (W - 1) neighbouring rows, mostly from the L2 cache. B8 T4096 with 3 x 2048 channels: 0.81 GB and
-1.21 GB, predicted 0.27 and 0.43 ms at 3 TB/s.
+Bytes for a token and a channel in 16 bits: 4 forward (x, y); backward 6 (x, dy, dx) and 8 W / strip, the sums of strips
+written and read. Strips read 2 (W - 1) or 3 (W - 1) rows of their neighbours, mostly from the L2 cache. B8 T4096 with 3 x
+2,048 channels: 0.81 GB and 1.26 GB, predicted 0.27 and 0.42 ms at 3 TB/s.
 
 Symbols: the glossary of `delta_rule.py`; D channels, W the convolution's width, BD channels of a program.
 """
@@ -33,17 +33,52 @@ def _pick(stream, q, k, v):
 
 
 @triton.jit
-def _find_strip(index, table, cu_seqlens, T, strips_per_row, strip):
-    """(batch row, sequence, first token, end, first token and end of the sequence). Tokens of no sequence are behind the
-    end of one, further than a convolution sees: inputs and states are zero there."""
+def _find_strip(index, table, cu_seqlens, padded, T, strips_per_row, strip, W: tl.constexpr):
+    """(batch row, sequence, first token, end, first token and end of the sequence, where in the order token 0 is).
+
+    Tokens of no sequence are behind the end of one, further than a convolution sees: inputs and states are zero there.
+    An order puts the padding of a row first; the strips of its sequence come before those of the padding.
+    """
     row, sequence, start, stop = find_span(index, table, T, strips_per_row, strip)
-    if table is None:
+    place = row * 0
+    if padded is not None:
+        opening = tl.load(padded + row).to(tl.int32)
+        of_sequence = tl.cdiv(T - opening, strip)
+        i = index % strips_per_row
+        is_padding = i >= of_sequence
+        start = tl.where(is_padding, (i - of_sequence) * strip, opening + i * strip)
+        stop = tl.minimum(start + strip, tl.where(is_padding, opening, T))
+        # Sorted rows of the states lie between those of the padding and of the sequence.
+        place = row * (T + W - 1) + tl.where(is_padding, 0, W - 1)
+        opening = tl.where(is_padding, -4, opening)
+        closing = tl.where(is_padding, -4, T)
+    elif table is None:
         opening = start * 0
         closing = opening + T
     else:
         opening = tl.load(cu_seqlens + sequence, mask=sequence >= 0, other=-4).to(tl.int32)
         closing = tl.load(cu_seqlens + sequence + 1, mask=sequence >= 0, other=-4).to(tl.int32)
-    return row, sequence.to(tl.int64), start, stop, opening, closing
+    return row, sequence.to(tl.int64), start, stop, opening, closing, place
+
+
+@triton.jit
+def _offset(t, step, order, row, T, W: tl.constexpr):
+    """From the first token of a batch row to token t, in its place or where `order` says."""
+    if order is None:
+        return tl.cast(t, tl.int64) * step
+    else:
+        first = row * (T + W - 1) + W - 1
+        return (tl.load(order + t, mask=(t >= 0) & (t < T), other=0).to(tl.int64) - first) * step
+
+
+@triton.jit
+def _next_row(base, running, u: tl.constexpr, t, step, order, row, T, W: tl.constexpr):
+    """Where token t is, u tokens behind the one at `running`. Offsets from the first token would cost ten instructions a
+    load, a third of the backward."""
+    if order is None:
+        return running + u * step
+    else:
+        return base + _offset(t, step, order, row, T, W)
 
 
 @triton.jit
@@ -58,13 +93,13 @@ def _load_taps(weight, column, inside, W: tl.constexpr):
 
 
 @triton.jit
-def _load_input(x, state, t, x_t, opening, closing, column, inside, W: tl.constexpr, UNIT: tl.constexpr):
+def _load_input(x, state, t, step, opening, closing, order, row, T, column, inside, W: tl.constexpr):
     """Input [BD] of token t; before the sequence its state or zero, behind it zero. float32."""
-    here = inside & (t >= opening) & (t < closing)
-    value = tl.load(x + tl.cast(t, tl.int64) * x_t * UNIT + column, mask=here, other=0.0).to(tl.float32)
+    here = (t >= opening) & (t < closing)
+    place = x + _offset(tl.where(here, t, -1), step, order, row, T, W) + column
+    value = tl.load(place, mask=inside & here, other=0.0).to(tl.float32)
     if state is not None:
-        place = state + column * (W - 1) + (t - opening + W - 1)
-        before = tl.load(place, mask=inside & (t < opening), other=0.0)
+        before = tl.load(state + column * (W - 1) + (t - opening + W - 1), mask=inside & (t < opening), other=0.0)
         value += before.to(x.dtype.element_ty).to(tl.float32)
     return value
 
@@ -101,7 +136,7 @@ def _beta_places(block, T, H, blocks_per_row, raw_b, raw_t, raw_h, BLOCK: tl.con
 )  # fmt: skip
 def forward_kernel(
     q, k, v, q_weight, k_weight, v_weight, q_out, k_out, v_out, q_state, k_state, v_state, q_final, k_final, v_final,
-    b, beta, table, cu_seqlens, beta_scale, T, strips_per_row, strip, programs, q_tiles, k_tiles, tiles,
+    b, beta, table, cu_seqlens, order, padded, beta_scale, T, strips_per_row, strip, programs, q_tiles, k_tiles, tiles,
     q_units, k_units, v_units, q_b, q_t, k_b, k_t, v_b, v_t, H, blocks_per_row, raw_b, raw_t, raw_h,
     W: tl.constexpr, BD: tl.constexpr, UNROLL: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +150,11 @@ def forward_kernel(
             tl.store(beta + own, tl.sigmoid(raw) * beta_scale, mask=exists)
         return
     tile = index % tiles
-    row, sequence, start, stop, opening, closing = _find_strip(index // tiles, table, cu_seqlens, T, strips_per_row, strip)
+    row, sequence, start, stop, opening, closing, sorted_place = _find_strip(
+        index // tiles, table, cu_seqlens, padded, T, strips_per_row, strip, W
+    )
+    if order is not None:
+        order += sorted_place
     stream = tl.where(tile < q_tiles, 0, tl.where(tile < q_tiles + k_tiles, 1, 2))
     x, y, weight = _pick(stream, q, k, v), _pick(stream, q_out, k_out, v_out), _pick(stream, q_weight, k_weight, v_weight)
     x_b, x_t, D = _pick(stream, q_b, k_b, v_b), _pick(stream, q_t, k_t, v_t), _pick(stream, q_units, k_units, v_units) * UNIT
@@ -123,6 +162,7 @@ def forward_kernel(
     inside = column < D
     x += row * x_b * UNIT
     y += row * T * D
+    x_step, y_step = x_t.to(tl.int64) * UNIT, D.to(tl.int64)
     state = None
     if q_state is not None:
         state = _pick(stream, q_state, k_state, v_state) + sequence * D * (W - 1)
@@ -130,20 +170,20 @@ def forward_kernel(
     taps = _load_taps(weight, column, inside, W)
     inputs = ()  # the last W - 1, oldest first
     for j in tl.static_range(W - 1):
-        inputs += (_load_input(x, state, start - (W - 1) + j, x_t, opening, closing, column, inside, W, UNIT),)
-    # Rows by running pointers: offsets from the first row cost ten instructions a load, a third of the backward.
-    x_row, x_step = x + start * (x_t.to(tl.int64) * UNIT), x_t.to(tl.int64) * UNIT
-    y_row, y_step = y + start * D.to(tl.int64), D.to(tl.int64)
+        inputs += (_load_input(x, state, start - (W - 1) + j, x_step, opening, closing, order, row, T, column, inside, W),)
+    x_row, y_row = x + start * x_step, y + start * y_step
     readable = tl.minimum(stop, closing)
     for group in range(start, stop, UNROLL):
         loaded = ()
         for u in tl.static_range(UNROLL):
-            loaded += (tl.load(x_row + u * x_step + column, mask=inside & (group + u < readable), other=0.0),)
+            place = _next_row(x, x_row, u, group + u, x_step, order, row, T, W) + column
+            loaded += (tl.load(place, mask=inside & (group + u < readable), other=0.0),)
         for u in tl.static_range(UNROLL):
             inputs += (loaded[u].to(tl.float32),)
             z = _convolve(inputs, taps, W)
             b_y = z * _sigmoid(z)
-            tl.store(y_row + u * y_step + column, b_y.to(y.dtype.element_ty), mask=inside & (group + u < stop))
+            place = _next_row(y, y_row, u, group + u, y_step, order, row, T, W) + column
+            tl.store(place, b_y.to(y.dtype.element_ty), mask=inside & (group + u < stop))
             inputs = inputs[1:]
         x_row += UNROLL * x_step
         y_row += UNROLL * y_step
@@ -152,7 +192,7 @@ def forward_kernel(
         final = _pick(stream, q_final, k_final, v_final) + sequence * D * (W - 1)
         last = inside & (stop == closing)
         for j in tl.static_range(W - 1):
-            value = _load_input(x, state, closing - (W - 1) + j, x_t, opening, closing, column, last, W, UNIT)
+            value = _load_input(x, state, closing - (W - 1) + j, x_step, opening, closing, order, row, T, column, last, W)
             tl.store(final + column * (W - 1) + j, value.to(final.dtype.element_ty), mask=last)
 
 
@@ -189,8 +229,8 @@ def _add_products(sums, value, errors, W: tl.constexpr):
 )  # fmt: skip
 def backward_kernel(
     q, k, v, q_weight, k_weight, v_weight, q_state, k_state, v_state, q_grad, k_grad, v_grad,
-    dq_final, dk_final, dv_final, dq, dk, dv, dq_state, dk_state, dv_state, sums, b, dbeta, db, table, cu_seqlens,
-    beta_scale, T, strips_per_row, strip, programs, q_tiles, k_tiles, tiles, q_units, k_units, v_units,
+    dq_final, dk_final, dv_final, dq, dk, dv, dq_state, dk_state, dv_state, sums, b, dbeta, db, table, cu_seqlens, order,
+    padded, beta_scale, T, strips_per_row, strip, programs, q_tiles, k_tiles, tiles, q_units, k_units, v_units,
     q_b, q_t, k_b, k_t, v_b, v_t, qg_b, qg_t, kg_b, kg_t, vg_b, vg_t, H, blocks_per_row, raw_b, raw_t, raw_h,
     W: tl.constexpr, BD: tl.constexpr, UNROLL: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -205,7 +245,11 @@ def backward_kernel(
             tl.store(db + own, b_db.to(db.dtype.element_ty), mask=exists)
         return
     tile = index % tiles
-    row, sequence, start, stop, opening, closing = _find_strip(index // tiles, table, cu_seqlens, T, strips_per_row, strip)
+    row, sequence, start, stop, opening, closing, sorted_place = _find_strip(
+        index // tiles, table, cu_seqlens, padded, T, strips_per_row, strip, W
+    )
+    if order is not None:
+        order += sorted_place
     stream = tl.where(tile < q_tiles, 0, tl.where(tile < q_tiles + k_tiles, 1, 2))
     x, dy, dx = _pick(stream, q, k, v), _pick(stream, q_grad, k_grad, v_grad), _pick(stream, dq, dk, dv)
     x_b, x_t, D = _pick(stream, q_b, k_b, v_b), _pick(stream, q_t, k_t, v_t), _pick(stream, q_units, k_units, v_units) * UNIT
@@ -216,6 +260,7 @@ def backward_kernel(
     x += row * x_b * UNIT
     dy += row * dy_b * UNIT
     dx += row * T * D
+    x_step, dy_step, dx_step = x_t.to(tl.int64) * UNIT, dy_t.to(tl.int64) * UNIT, D.to(tl.int64)
     opens = start == opening
     state = None
     if q_state is not None:
@@ -229,15 +274,15 @@ def backward_kernel(
     taps = _load_taps(weight, column, inside, W)
     inputs, errors, products = (), (), ()
     for j in tl.static_range(W - 1):
-        inputs += (_load_input(x, state, start - (W - 1) + j, x_t, opening, closing, column, inside, W, UNIT),)
+        inputs += (_load_input(x, state, start - (W - 1) + j, x_step, opening, closing, order, row, T, column, inside, W),)
         errors += (tl.zeros([BD], tl.float32),)
     for _ in tl.static_range(W):
         products += (tl.zeros([BD], tl.float32),)
     # The first W - 1 errors complete the gradients of the inputs before the strip, which are its own if they are a state.
     for j in tl.static_range(W - 1):
         t = start + j
-        inputs += (_load_input(x, None, t, x_t, opening, closing, column, inside, W, UNIT),)
-        b_dy = _load_input(dy, None, t, dy_t, opening, closing, column, inside, W, UNIT)
+        inputs += (_load_input(x, None, t, x_step, opening, closing, order, row, T, column, inside, W),)
+        b_dy = _load_input(dy, None, t, dy_step, opening, closing, order, row, T, column, inside, W)
         errors += (_gradient_of_preactivation(_convolve(inputs, taps, W), b_dy),)
         if state is not None:
             products = _add_products(products, tl.where(opens, inputs[0], 0.0), errors, W)
@@ -248,14 +293,15 @@ def backward_kernel(
             tl.store(dstate + column * (W - 1) + j, b_dx.to(dstate.dtype.element_ty), mask=inside & opens)
         inputs, errors = inputs[1:], errors[1:]
 
-    x_step, dy_step, dx_step = x_t.to(tl.int64) * UNIT, dy_t.to(tl.int64) * UNIT, D.to(tl.int64)
     x_row, dy_row, dx_row = x + (start + W - 1) * x_step, dy + (start + W - 1) * dy_step, dx + start * dx_step
     for group in range(start, stop, UNROLL):
         loaded, loaded_dy = (), ()
         for u in tl.static_range(UNROLL):
-            here = inside & (group + u + W - 1 < closing)
-            loaded += (tl.load(x_row + u * x_step + column, mask=here, other=0.0),)
-            loaded_dy += (tl.load(dy_row + u * dy_step + column, mask=here, other=0.0),)
+            t = group + u + W - 1
+            place = _next_row(x, x_row, u, t, x_step, order, row, T, W) + column
+            loaded += (tl.load(place, mask=inside & (t < closing), other=0.0),)
+            place = _next_row(dy, dy_row, u, t, dy_step, order, row, T, W) + column
+            loaded_dy += (tl.load(place, mask=inside & (t < closing), other=0.0),)
         for u in tl.static_range(UNROLL):
             s = group + u
             inputs += (loaded[u].to(tl.float32),)
@@ -266,7 +312,8 @@ def backward_kernel(
             if dfinal is not None:
                 kept = inside & (s >= closing - (W - 1)) & (s < closing)
                 b_dx += tl.load(dfinal + s, mask=kept, other=0.0).to(tl.float32)
-            tl.store(dx_row + u * dx_step + column, b_dx.to(dx.dtype.element_ty), mask=inside & (s < stop))
+            place = _next_row(dx, dx_row, u, s, dx_step, order, row, T, W) + column
+            tl.store(place, b_dx.to(dx.dtype.element_ty), mask=inside & (s < stop))
             inputs, errors = inputs[1:], errors[1:]
         x_row += UNROLL * x_step
         dy_row += UNROLL * dy_step

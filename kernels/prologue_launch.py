@@ -36,7 +36,7 @@ _BETA_BLOCK = 256
 class _Plan:
     """How tokens and channels are cut, and the arguments that both kernels share."""
 
-    def __init__(self, kernel: str, streams: list[Tensor], weights: list[Tensor], b, cu_seqlens: Optional[Tensor]):
+    def __init__(self, kernel: str, streams: list[Tensor], weights: list[Tensor], b, cu_seqlens, order):
         (self.batch, self.T, _), self.device = streams[0].shape, streams[0].device
         self.widths, self.W = [x.shape[-1] for x in streams], weights[0].shape[-1]
         self.launch = LAUNCHES[kernel, streams[0].element_size()]
@@ -44,8 +44,9 @@ class _Plan:
         self.tiles = [-(-width // self.launch.channels) for width in self.widths]
         warps = self.batch * -(-self.T // self.launch.strip) * sum(self.tiles) * self.launch.warps
         self.strip = self.launch.strip if warps >= 16 * processors(self.device) else self.launch.short_strip
-        self.cu_seqlens, self.table = cu_seqlens, None
-        self.strips_per_row = -(-self.T // self.strip)
+        self.table, self.all_have_tokens = None, cu_seqlens is None and order is None
+        # Of a row with padding, the strips of the padding and of the rest: together one more at most.
+        self.strips_per_row = -(-self.T // self.strip) + (order is not None)
         self.strips = self.batch * self.strips_per_row
         if cu_seqlens is not None:
             self._tabulate(cu_seqlens)
@@ -75,7 +76,7 @@ class _Plan:
     def states(self, given: list[Optional[Tensor]], like: list[Tensor]) -> list[Tensor]:
         """[N, D, W - 1] for a kernel to write; where sequences may have no tokens, those keep what is given, or zero."""
         shapes = [(self.sequences, width, self.W - 1) for width in self.widths]
-        if self.cu_seqlens is None:
+        if self.all_have_tokens:
             return [x.new_empty(shape) for x, shape in zip(like, shapes)]
         return [x.new_zeros(shape) if y is None else y.to(x.dtype, copy=True) for x, y, shape in zip(like, given, shapes)]
 
@@ -97,36 +98,38 @@ def _strides(streams: list[Tensor], unit: int) -> list[int]:
     return [stride // unit for x in streams for stride in x.stride()[:2]]
 
 
-def prologue_forward(streams, weights, b, states, beta_scale, output_final_state, cu_seqlens):
+def prologue_forward(streams, weights, b, states, beta_scale, output_final_state, cu_seqlens, order=None, padded=None):
     """y of q, k and v, beta or None, and their final states or Nones; `streams`, `weights` and `states` are lists of
-    three."""
+    three, `order` and `padded` of a `PaddingOrder`."""
     streams, weights = [_dense(x) for x in streams], [w.contiguous() for w in weights]
     states = [None if state is None else state.contiguous() for state in states]
     with on_device(streams[0]):
-        plan, unit = _Plan("forward", streams, weights, b, cu_seqlens), _unit(streams)
+        plan, unit = _Plan("forward", streams, weights, b, cu_seqlens, order), _unit(streams)
         results = [x.new_empty(x.shape) for x in streams]
         finals = plan.states(states, streams) if output_final_state else [None] * 3
         beta = None if b is None else b.new_empty(b.shape, dtype=torch.float32)
-        arguments = (*streams, *weights, *results, *states, *finals, b, beta, plan.table, cu_seqlens)
+        arguments = (*streams, *weights, *results, *states, *finals, b, beta, plan.table, cu_seqlens, order, padded)
         arguments += (*plan.sizes(beta_scale, unit), *_strides(streams, unit), *plan.beta_sizes)
         enqueue(forward_kernel, plan.grid, arguments, plan.constants(unit), plan.options)
     return results, beta, finals
 
 
-def prologue_backward(gradients, dbeta, dfinals, streams, weights, b, states, beta_scale, cu_seqlens):
+def prologue_backward(
+    gradients, dbeta, dfinals, streams, weights, b, states, beta_scale, cu_seqlens, order=None, padded=None
+):
     """Gradients of streams, weights, b and states, the last as Nones where there are no states; `dfinals` may be Nones."""
     streams, weights = [_dense(x) for x in streams], [w.contiguous() for w in weights]
     gradients = [_dense(x) for x in gradients]
     states, dfinals = ([None if x is None else x.contiguous() for x in y] for y in (states, dfinals))
     with on_device(streams[0]):
-        plan, unit = _Plan("backward", streams, weights, b, cu_seqlens), _unit([*streams, *gradients])
+        plan, unit = _Plan("backward", streams, weights, b, cu_seqlens, order), _unit([*streams, *gradients])
         results = [x.new_empty(x.shape) for x in streams]
         dstates = [None] * 3 if states[0] is None else plan.states(dfinals, states)
         db = None if b is None else b.new_empty(b.shape)
         sums = torch.empty((plan.strips, plan.W, sum(plan.widths)), dtype=torch.float32, device=plan.device)
         dbeta = None if dbeta is None else dbeta.contiguous()
         arguments = (*streams, *weights, *states, *gradients, *dfinals, *results, *dstates, sums, b, dbeta, db)
-        arguments += (plan.table, cu_seqlens, *plan.sizes(beta_scale, unit))
+        arguments += (plan.table, cu_seqlens, order, padded, *plan.sizes(beta_scale, unit))
         arguments += (*_strides(streams, unit), *_strides(gradients, unit), *plan.beta_sizes)
         enqueue(backward_kernel, plan.grid, arguments, plan.constants(unit), plan.options)
         dweights = [w.new_empty(w.shape) for w in weights]

@@ -21,6 +21,7 @@ class PaddingOrder(NamedTuple):
     gather: Tensor  # [B * (W - 1 + T)] row of the flattened input for every row of the sorted one
     scatter: Tensor  # [B * T] row of the flattened sorted output for every token
     real: Tensor  # [B, T] bool
+    padded: Tensor  # [B] number of padded tokens
 
 
 def padding_order(mask: Tensor, width: int) -> PaddingOrder:
@@ -40,7 +41,7 @@ def padding_order(mask: Tensor, width: int) -> PaddingOrder:
     row = torch.arange(B, device=mask.device)[:, None]
     # The W - 1 states precede every real token, so only a padded token lands before position W - 1.
     scatter = row * T + (place[:, past:] - past).clamp(min=0)
-    return PaddingOrder((row * length + order).flatten(), scatter.flatten(), real)
+    return PaddingOrder((row * length + order).flatten(), scatter.flatten(), real, (~real).sum(1))
 
 
 def short_convolution(

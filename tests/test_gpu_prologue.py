@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from deltanet import DeltaNetForCausalLM
 from deltanet.kernels import prologue as module
 from deltanet.kernels.prologue import delta_rule_prologue
+from deltanet.kernels.short_conv import padding_order
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,7 +59,7 @@ def test_lengths_and_widths(device, check, dtype, T, W):
 @pytest.mark.parametrize("states", [True, False])
 def test_many_tokens(device, check, dtype, states):
     """Long strips: enough programs to fill the card."""
-    run(check, Case(device, dtype, 4096, (1024, 1024, 2048), B=8, heads=8, states=states))
+    run(check, Case(device, dtype, 4096, (512, 512, 1024), B=8, heads=8, states=states))
 
 
 @DTYPE
@@ -78,6 +79,23 @@ def test_packs(device, check, dtype, W, bounds, T):
     actual = run(check, Case(device, dtype, T, (200, 256, 264), W, bounds=bounds))
     for i in (0, 1, 2, 7, 8, 9):
         assert not actual[i][:, bounds[-1] :].any(), f"{NAMES[i]} of a token of no sequence"
+
+
+@DTYPE
+@pytest.mark.parametrize("W", [2, 3, 4])
+@pytest.mark.parametrize("states", [True, False])
+def test_padding_is_as_if_cut_out(device, check, dtype, W, states):
+    """Padding left, right, anywhere, everywhere, nowhere, and all but one token; whatever it holds."""
+    case, T = Case(device, dtype, 200, (200, 256, 264), W, B=6, states=states), torch.arange(200)
+    anywhere = torch.rand(200, generator=torch.Generator().manual_seed(3)) < 0.7
+    mask = torch.stack([T >= 67, T < 3, anywhere, T < 0, T >= 0, T == 199]).to(device)
+    clean = [x.clone() for x in case.streams]
+    for x in case.streams:
+        x[~mask] = float("nan")
+    case.padding_order = padding_order(mask, W)
+    actual = twice(case)
+    case.streams, pieces = clean, [row.nonzero().flatten() for row in mask]
+    check(actual, case.expected(pieces), limits(dtype)[: len(actual)], NAMES)
 
 
 @DTYPE
@@ -132,14 +150,15 @@ def test_a_gradient_of_some_results(device, check):
         check(list(actual), one.expected()[7:], limits(HALF)[7:], NAMES[7:])
 
 
-def loss(case, inputs, cu_seqlens=None):
-    results = delta_rule_prologue(*inputs[:4], inputs[4:7], beta_scale=2.0, output_final_state=True, cu_seqlens=cu_seqlens)
+def loss(*inputs):
+    results = delta_rule_prologue(*inputs[:4], inputs[4:], beta_scale=2.0, output_final_state=True)
     return sum(x.float().square().sum() for x in (*results[:4], *results[4]))
 
 
-def gradients(function, case, **options):
-    inputs = [x.detach().requires_grad_() for x in case.inputs[:7]]
-    value = function(case, inputs, **options)
+def gradients(function, device, T):
+    inputs = Case(device, HALF, T, (128, 128, 256), B=2, states=False).inputs
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    value = function(*inputs)
     return [value.detach(), *torch.autograd.grad(value, inputs)]
 
 
@@ -148,19 +167,17 @@ def test_compile_fullgraph_any_length(cuda):
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
     for T in (70, 300, 33, 1000):
-        case = Case(cuda, HALF, T, (128, 128, 256), B=2, states=False)
-        assert_close(gradients(compiled, case), gradients(loss, case), 1e-2, range(8))
+        assert_close(gradients(compiled, cuda, T), gradients(loss, cuda, T), 1e-2, range(8))
     assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_activation_checkpointing(device, compiled):
     torch._dynamo.reset()
-    case = Case(device, HALF, 200, (128, 128, 256), B=2, states=False)
-    function = lambda case, inputs: checkpoint(loss, case, inputs, use_reentrant=False)  # noqa: E731
+    function = lambda *inputs: checkpoint(loss, *inputs, use_reentrant=False)  # noqa: E731
     if compiled:
         function = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert_close(gradients(function, case), gradients(loss, case), 1e-6, range(8))
+    assert_close(gradients(function, device, 200), gradients(loss, device, 200), 1e-6, range(8))
 
 
 @pytest.mark.parametrize("bounds", [None, [0, 0, 1, 130, 290]])

@@ -71,6 +71,28 @@ def test_packs(bounds, T, W):
         assert not actual[i][:, bounds[-1] :].any(), f"{NAMES[i]} of a token of no sequence"
 
 
+MASKS = {
+    "left": [[0] * 2 + [1] * 9, [0] * 9 + [1] * 2],
+    "right": [[1] * 10 + [0], [1] * 2 + [0] * 9],
+    "interior": [[1, 0, 1, 1, 0, 0, 1, 0, 1, 1, 0], [0] * 11],
+}
+
+
+@interpreted
+@pytest.mark.parametrize("states", [True, False])
+@pytest.mark.parametrize("side", MASKS)
+def test_padding_is_as_if_cut_out(side, states):
+    """Whatever padding holds: it has neither output nor gradient."""
+    case, mask = Case(CPU, torch.float32, 11, WIDTHS, B=2, states=states), torch.tensor(MASKS[side])
+    clean = [x.clone() for x in case.streams]
+    for x in case.streams:
+        x[mask == 0] = float("nan")
+    case.padding_order = padding_order(mask, 4)
+    actual = case.actual()
+    case.streams, pieces = clean, [row.nonzero().flatten() for row in mask]
+    assert_close(actual, case.expected(pieces), limits(torch.float32)[: len(actual)], NAMES)
+
+
 @interpreted
 @pytest.mark.parametrize("bounds", [None, [0, 0, 2, 11]])
 def test_without_states(bounds):
@@ -138,7 +160,7 @@ def test_differentiable_once():
 def test_operator_is_registered_as_pytorch_wants(bounds, states):
     case = Case(CPU, torch.float32, 3, WIDTHS, 2, bounds=bounds, states=states)
     tensors = [x.requires_grad_() for x in (*case.streams, case.b, *case.weights)]
-    torch.library.opcheck(module._op, (*tensors, *case.states, 2.0, states, case.cu_seqlens))
+    torch.library.opcheck(module._op, (*tensors, *case.states, 2.0, states, case.cu_seqlens, None, None))
 
 
 @interpreted
@@ -203,7 +225,7 @@ def arguments(T=5, W=4, **changes):
     [
         ({}, ""),
         ({"activations": (None, None, "silu")}, "an activation other than SiLU"),
-        ({"padding_order": padding_order(torch.ones(2, 5), 4)}, "padding must be stepped over"),
+        ({"padding_order": padding_order(torch.tensor([[0, 1, 1, 0, 1], [0, 0, 0, 0, 0]]), 4)}, ""),
         (arguments(W=5), "widths [5, 5, 5], not one of 2, 3, 4"),
         ({"q": torch.zeros(2, 5, 12).half()}, "q, k and v differ in their dtypes or states"),
         ({"initial_states": [None, None, torch.zeros(2, 24, 3)]}, "q, k and v differ in their dtypes or states"),

@@ -56,14 +56,16 @@ def mask_of(name):
 KINDS_AND_MASKS = [(kind, name) for kind in KINDS for name in MASKS if (kind, name) != ("sliding", "inner")]
 
 
-@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float32])
+@pytest.mark.parametrize(
+    "dtype, use_cache", [(torch.long, True), (torch.long, False), (torch.bool, True), (torch.float32, True)]
+)
 @pytest.mark.parametrize("kind, name", KINDS_AND_MASKS)
-def test_padded_logits(kind, name, dtype):
+def test_padded_logits(kind, name, dtype, use_cache):
     """Every real token is as in its row with the padding cut out."""
     model, mask = tiny_model(kind), mask_of(name)
     ids = token_ids(*mask.shape)
     with torch.no_grad():
-        logits = model(ids, attention_mask=mask.to(dtype)).logits
+        logits = model(ids, attention_mask=mask.to(dtype), use_cache=use_cache).logits
         assert bool(logits.isfinite().all())
         for row, real, actual in zip(ids, mask.bool(), logits):
             if real.any():
