@@ -92,11 +92,15 @@ class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         # After a reset nothing is lost with the old buffers, and another batch size may come.
         is_fresh = not self.has_previous_state[0]
         if not initialized[index] or is_fresh and (states[index].shape, states[index].device) != (value.shape, value.device):
+            is_ours = _is_changeable(value) and dtype in (None, value.dtype) and value.is_contiguous()
             with _changeable_later():
-                states[index] = torch.empty_like(value, dtype=dtype)
+                # What a forward without gradients has just made is nobody else's, and need not be copied.
+                states[index] = value if is_ours else torch.empty_like(value, dtype=dtype)
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(states[index])
             initialized[index] = True
+            if is_ours:
+                return
         if states[index].shape != value.shape:
             raise ValueError(
                 f"`past_key_values` holds a state of shape {tuple(states[index].shape)}; this forward made one of shape "
@@ -148,6 +152,11 @@ class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         raise NotImplementedError(_IRREVERSIBLE)
+
+
+def _is_changeable(value: torch.Tensor) -> bool:
+    """Whether a tensor of this forward may be updated in place later on."""
+    return not (torch.is_grad_enabled() or value.requires_grad or value.is_inference() or torch.compiler.is_compiling())
 
 
 def _changeable_later():
