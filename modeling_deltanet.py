@@ -48,6 +48,7 @@ from .layout_deltanet import (
     padding_layout,
 )
 from .mixer_deltanet import DeltaNetMixer, DeltaNetRMSNorm
+from .warmup_deltanet import WarmupMixin
 
 # The reference calls the embedding `embeddings` on disk; in memory it has the name that Transformers' sharding, tensor
 # parallel and adapter helpers look for.
@@ -92,7 +93,7 @@ class DeltaNetBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
 
-class DeltaNetPreTrainedModel(PreTrainedModel):
+class DeltaNetPreTrainedModel(WarmupMixin, PreTrainedModel):
     """Loading, initialisation and what Transformers may do with the model."""
 
     config: DeltaNetConfig

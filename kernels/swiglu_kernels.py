@@ -10,7 +10,7 @@ BLOCK = 2048
 
 
 @triton.jit(do_not_specialize=["granules"])
-def product_kernel(gate, up, z, granules, BLOCK: tl.constexpr):
+def swiglu_kernel(gate, up, z, granules, BLOCK: tl.constexpr):
     """z = silu(gate) up over 16 * `granules` elements, a bound that lets the loads be vectors."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < granules.to(tl.int64) * 16
@@ -20,7 +20,7 @@ def product_kernel(gate, up, z, granules, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["granules"])
-def gradient_kernel(gate, up, dz, dgate, dup, z, granules, BLOCK: tl.constexpr):
+def swiglu_gradient_kernel(gate, up, dz, dgate, dup, z, granules, BLOCK: tl.constexpr):
     """dgate = dz up silu'(gate), dup = dz silu(gate), z = silu(gate) up over 16 * `granules` elements."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < granules.to(tl.int64) * 16
@@ -34,10 +34,10 @@ def gradient_kernel(gate, up, dz, dgate, dup, z, granules, BLOCK: tl.constexpr):
 
 
 def product(*tensors) -> None:
-    """`product_kernel` over contiguous tensors of one shape."""
-    product_kernel[(triton.cdiv(tensors[0].numel(), BLOCK),)](*tensors, tensors[0].numel() // 16, BLOCK=BLOCK)
+    """`swiglu_kernel` over contiguous tensors of one shape."""
+    swiglu_kernel[(triton.cdiv(tensors[0].numel(), BLOCK),)](*tensors, tensors[0].numel() // 16, BLOCK=BLOCK)
 
 
 def gradient(*tensors) -> None:
-    """`gradient_kernel` over contiguous tensors of one shape."""
-    gradient_kernel[(triton.cdiv(tensors[0].numel(), BLOCK),)](*tensors, tensors[0].numel() // 16, BLOCK=BLOCK)
+    """`swiglu_gradient_kernel` over contiguous tensors of one shape."""
+    swiglu_gradient_kernel[(triton.cdiv(tensors[0].numel(), BLOCK),)](*tensors, tensors[0].numel() // 16, BLOCK=BLOCK)
