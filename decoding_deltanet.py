@@ -63,6 +63,7 @@ class Decoding:
         return None if self.loan is None else self.loan.step.run(input_ids)
 
     def is_lent(self, cache: Cache | None) -> bool:
+        """Whether `cache` is the one whose layers hold a step's tensors now."""
         return self.loan is not None and self.loan.cache is cache
 
     def _lend(self, forward, input_ids: torch.Tensor, cache: Cache) -> None:
@@ -88,12 +89,12 @@ class Decoding:
                 try:
                     return DecodeStep(forward, self.model, cache, input_ids, key)
                 except RuntimeError as error:
-                    failures[key] = f"capture failed: {str(error).splitlines()[0]}"
+                    failures[key] = f"capture failed: {(str(error) or repr(error)).splitlines()[0]}"
                     logger.warning("decoding on %s: %s", device.type, failures[key])
             return self.refuse(device, failures[key])
 
     def _is_alone(self) -> bool:
-        """While one thread records on a device, no other can draw random numbers there."""
+        """Whether no other thread generates: while one records on a device, others cannot draw random numbers there."""
         return all(decoding.thread == self.thread for decoding in _open)
 
     def reorder(self, cache: Cache, rows: torch.Tensor) -> bool:

@@ -222,10 +222,11 @@ class DecodeGraphs:
     """
     The captured decoding steps of a model between calls of `generate`, each for one batch size.
 
-    Copies and pickles of a model take no steps along. A step keeps the states of its batch allocated, as large as a cache.
+    Copies and pickles of a model take no steps along. A step keeps one set of states of its batch allocated, for the 1.3B
+    model in bfloat16 24.8 MiB a sequence, its logits, and a graph; what a token computes in between is shared by all steps.
 
     Attributes:
-        enabled: False decodes eagerly.
+        enabled: False decodes eagerly, as does DELTANET_DECODE_GRAPHS=0 in the environment.
         limit: how many unused steps are kept; the one unused for longest goes first.
     """
 
