@@ -37,6 +37,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_deltanet import DeltaNetAttention, attention_masks, rotary_embedding
 from .cache_deltanet import CACHE_NAME, accept_cache_name
 from .configuration_deltanet import CONVERSION_COMMAND, DELTA_LAYER_TYPE, DeltaNetConfig
+from .context_parallel_deltanet import ContextParallelMixin, labels_a_process, segment_layout, shifted_labels
 from .layout_deltanet import (
     TokenLayout,
     check_mask,
@@ -144,7 +145,7 @@ def _accept_name_on_disk(module: nn.Module, state_dict: dict, prefix: str, *_):
         state_dict[f"{prefix}embed_tokens.weight"] = state_dict.pop(saved)
 
 
-class DeltaNetModel(DeltaNetPreTrainedModel):
+class DeltaNetModel(ContextParallelMixin, DeltaNetPreTrainedModel):
     """The stack of blocks, from token ids or embeddings to normalised hidden states."""
 
     def __init__(self, config: DeltaNetConfig):
@@ -186,14 +187,17 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         masks_are_ready = isinstance(attention_mask, dict)
         if attention_mask is not None and not masks_are_ready:
             check_mask(attention_mask, *shape, past_key_values)
-        cu_seqlens = find_boundaries(
-            shape, position_ids, kwargs.get("cu_seq_lens_q"), kwargs.pop("seq_idx", None), attention_mask, past_key_values
-        )
-        if past_key_values is None and cu_seqlens is None and self._wants_cache(use_cache):
-            past_key_values = DynamicCache(config=self.config)
-        self._check_checkpointing(past_key_values)
+        boundaries = (position_ids, kwargs.get("cu_seq_lens_q"), kwargs.pop("seq_idx", None), attention_mask)
+        if self.context_group is not None:
+            uses_cache = past_key_values is not None or bool(use_cache)
+            layout, restarts = segment_layout(self.context_group, inputs_embeds, *boundaries, uses_cache), None
+        else:
+            cu_seqlens = find_boundaries(shape, *boundaries, past_key_values)
+            if past_key_values is None and cu_seqlens is None and self._wants_cache(use_cache):
+                past_key_values = DynamicCache(config=self.config)
+            self._check_checkpointing(past_key_values)
+            layout, restarts = self._layout(cu_seqlens, attention_mask, shape[1])
 
-        layout, restarts = self._layout(cu_seqlens, attention_mask, shape[1])
         masks, position_embeddings = {}, None
         if self.config.attention_specs:
             if position_ids is None:
@@ -270,7 +274,7 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         return {rope: rotary_embedding(position_ids, *rope, dtype) for rope in ropes}
 
 
-class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
+class DeltaNetForCausalLM(ContextParallelMixin, DeltaNetPreTrainedModel, GenerationMixin):
     """DeltaNet with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -352,8 +356,11 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
-            shifted = kwargs.pop("shift_labels", None)
-            shifted = F.pad(labels, (0, 1), value=-100)[:, 1:] if shifted is None else shifted
+            group, shifted = self.context_group, kwargs.pop("shift_labels", None)
+            if shifted is None:
+                shifted = F.pad(labels, (0, 1), value=-100)[:, 1:] if group is None else shifted_labels(labels, group)
+            if group is not None and kwargs.get("num_items_in_batch") is None:
+                kwargs["num_items_in_batch"] = labels_a_process(shifted[:, kept], group)
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,

@@ -1,0 +1,220 @@
+"""The delta rule over sequences that several processes share: each holds one contiguous segment, in the order of ranks.
+
+A segment takes the state S that enters it to M S + N: N is its final state from zero, M that from the identity with
+values of zero. Every process computes the map of its own segment, one all-gather hands it those of all others, and
+applying those before it in turn gives the state from which its segment is computed as usual. Backward is the mirror
+image: the gradient dS of the state that leaves a segment becomes Mᵀ dS + D, where D is what the segment's own outputs
+give; one all-gather of D, and M is known from the forward. Nothing is approximated.
+
+A process receives, for every row of the batch and whatever the length, (R - 1) H K (K + V) numbers in the forward and
+(R - 1) H K V in the backward, R being the number of processes; float32, or float64 for float64 inputs.
+
+The short convolution needs the last W - 1 inputs of the segment before: one small all-gather each way.
+
+Symbols: the glossary of `delta_rule.py`.
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import check_boundary_values, check_inputs
+from .delta_rule import NAMESPACE
+from .reference import compute_dtype
+
+
+class Packing(NamedTuple):
+    """Packed sequences as one segment sees them; of N sequences, those that lie elsewhere are empty here."""
+
+    cu_seqlens: Tensor  # [N + 1] bounds inside the segment
+    first: Tensor  # [1] the sequence of the segment's first token
+    last: Tensor  # [1] the sequence of its last token
+    began: Tensor  # [1] where the first token's sequence began: 0, or negative for a segment before
+    opening: Tensor  # [T] bool, tokens of a sequence that began on an earlier process
+    closing: Tensor  # [T] bool, tokens of a sequence that goes on in the next process
+    passes: Tensor  # [1] bool, that is one sequence, which fills the segment
+
+
+class Segment(NamedTuple):
+    """This process's share of the sequences; the same for every layer, so make it once a forward, with `segment`."""
+
+    group: Optional[dist.ProcessGroup]
+    rank: int
+    size: int
+    packing: Optional[Packing]
+
+    @property
+    def cu_seqlens(self) -> Optional[Tensor]:
+        return None if self.packing is None else self.packing.cu_seqlens
+
+
+def segment(group: Optional[dist.ProcessGroup], length: int, cu_seqlens: Optional[Tensor] = None) -> Segment:
+    """The segment of this process among the processes of `group` (`None` for all), of `length` tokens.
+
+    `cu_seqlens` [N + 1] are bounds of packed sequences in the whole row, the same on every process. All segments are then
+    of one length; without it they may differ. Values are looked at as in `chunk_delta_rule`.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if cu_seqlens is None:
+        return Segment(group, rank, size, None)
+    check_boundary_values(cu_seqlens, size * length)
+    bounds = cu_seqlens.long() - rank * length
+    starts, ends = bounds[:-1], bounds[1:].contiguous()
+    token = torch.arange(length, device=bounds.device)
+    first, last = (torch.searchsorted(ends, t, right=True).clamp(max=len(ends) - 1) for t in (token[:1], token[-1:]))
+    enters, leaves = (starts[first] < 0) & (ends[first] > 0), ends[last] > length
+    packing = Packing(
+        cu_seqlens=bounds.clamp(0, length),
+        first=first,
+        last=last,
+        began=torch.where(enters, starts[first], 0),
+        opening=enters & (token < ends[first]),
+        closing=leaves & (token >= starts[last]),
+        passes=enters & leaves & (first == last),
+    )
+    return Segment(group, rank, size, packing)
+
+
+def context_parallel_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    segment: Segment,
+    scale: Optional[float] = None,
+    use_qk_l2norm_in_kernel: bool = False,
+) -> Tensor:
+    """`chunk_delta_rule` over whole sequences, of which every process of `segment.group` gives and gets its own tokens.
+
+    Args:
+        q, k: [B, T, H, K], v: [B, T, H, V], beta: [B, T, H], scale, use_qk_l2norm_in_kernel: as in `chunk_delta_rule`,
+            with the tokens of this process. Sequences begin with a state of zero.
+        segment: from `segment(group, T, cu_seqlens)`.
+
+    Returns:
+        o [B, T, H, V] of this process's tokens, in the dtype of v. Differentiable once in q, k, v and beta; every process
+        must call it, and then backward, as often as the others.
+
+    Raises:
+        TypeError, ValueError: as in `chunk_delta_rule`.
+    """
+    check_inputs(q, k, v, beta, None, segment.cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _ContextParallel.apply(q, k, v, beta, scale, use_qk_l2norm_in_kernel, segment)
+
+
+class _ContextParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, beta, scale, use_l2, segment):
+        with torch.autocast(q.device.type, enabled=False):
+            maps = all_gather(_segment_map(k, v, beta, use_l2, segment), segment.group)
+            N, M = maps.split([v.shape[3], k.shape[3]], -1)
+            S = torch.zeros_like(N[0])
+            for r in range(segment.rank):
+                S = N[r] + M[r] @ S
+        initial = S if segment.packing is None else _placed(S, segment.packing.first, segment)
+        op = getattr(torch.ops, NAMESPACE).chunk_delta_rule
+        o, _, *saved = op(q, k, v, beta, scale, initial, False, use_l2, segment.cu_seqlens)
+        ctx.save_for_backward(q, k, v, beta, S, M[segment.rank + 1 :].clone(), *saved)
+        ctx.scale, ctx.use_l2, ctx.segment = scale, use_l2, segment
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        q, k, v, beta, S, M, *saved = ctx.saved_tensors
+        segment = ctx.segment
+        D = all_gather(_entering_gradient(do, q, k, v, beta, saved, ctx.scale, ctx.use_l2, segment), segment.group)
+        with torch.autocast(q.device.type, enabled=False):
+            dS = torch.zeros_like(S)
+            for r in reversed(range(segment.rank + 1, segment.size)):
+                dS = D[r] + M[r - segment.rank - 1].mT @ dS
+        if segment.packing is not None:
+            S, dS = _placed(S, segment.packing.first, segment), _placed(dS, segment.packing.last, segment)
+        op = getattr(torch.ops, NAMESPACE).chunk_delta_rule_backward
+        gradients = op(do, dS, q, k, v, beta, *saved, ctx.scale, S, ctx.use_l2, segment.cu_seqlens)
+        return *gradients[:4], None, None, None
+
+
+def _segment_map(k: Tensor, v: Tensor, beta: Tensor, use_l2: bool, segment: Segment) -> Tensor:
+    """[N | M] of this process's segment, [B, H, K, V + K]; the last segment has none that anybody needs."""
+    (B, _, H, K), V = k.shape, v.shape[3]
+    dtype = compute_dtype(k.dtype)
+    if segment.rank == segment.size - 1:
+        return k.new_zeros((B, H, K, V + K), dtype=dtype)
+    identity = torch.eye(K, dtype=dtype, device=k.device).expand(B, H, K, K)
+    if segment.packing is not None:
+        # With a beta of zero a token is as if it were not there.
+        beta = beta.masked_fill(~segment.packing.closing[:, None], 0)
+    op = getattr(torch.ops, NAMESPACE).chunk_delta_rule
+    _, state, *_ = op(k, k, F.pad(v, (0, K)), beta, 1.0, F.pad(identity, (V, 0)), True, use_l2, None)
+    if segment.packing is not None:
+        state[..., V:].mul_(segment.packing.passes)
+    return state
+
+
+def _entering_gradient(do, q, k, v, beta, saved, scale, use_l2, segment: Segment) -> Tensor:
+    """D, the gradient of the state that enters this process's segment, as far as its own outputs are concerned."""
+    zero = q.new_zeros((len(q), *q.shape[2:], v.shape[3]), dtype=compute_dtype(q.dtype))
+    if segment.rank == 0:
+        return zero
+    if segment.packing is not None:
+        absent = ~segment.packing.opening
+        do, beta = do.masked_fill(absent[:, None, None], 0), beta.masked_fill(absent[:, None], 0)
+        saved = [x.new_empty(0) for x in saved]
+    op = getattr(torch.ops, NAMESPACE).chunk_delta_rule_backward
+    return op(do, None, q, k, v, beta, *saved, scale, zero, use_l2, None)[4]
+
+
+def _placed(state: Tensor, index: Tensor, segment: Segment) -> Tensor:
+    """[1, H, K, V] -> [N, H, K, V]: one sequence's state among those of all, which have none."""
+    states = state.new_zeros((len(segment.cu_seqlens) - 1, *state.shape[1:]))
+    return states.index_copy_(0, index, state)
+
+
+def all_gather(x: Tensor, group: Optional[dist.ProcessGroup]) -> Tensor:
+    """x of every process, [R, *x.shape]; no gradient."""
+    size = dist.get_world_size(group)
+    out = x.new_empty((size * len(x), *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out.unflatten(0, (size, -1))
+
+
+def preceding_inputs(x: Tensor, width: int, segment: Segment) -> Tensor:
+    """What `short_convolution` takes as `initial_state`: the last W - 1 inputs before this process's segment.
+
+    Args:
+        x: [B, T, D], this process's inputs; T of at least W - 1.
+        width: W of the convolution.
+
+    Returns:
+        [N, D, W - 1] in the dtype of x, N being B or the number of packed sequences; zero where a sequence begins.
+        Differentiable.
+    """
+    past, packing = width - 1, segment.packing
+    if x.shape[1] < past:
+        raise ValueError(f"x has {x.shape[1]} tokens; a segment has at least {past}, for a convolution of width {width}")
+    state = _Preceding.apply(x[:, x.shape[1] - past :], segment).mT if past else x.new_zeros(len(x), x.shape[2], 0)
+    if packing is None:
+        return state
+    elsewhere = torch.arange(-past, 0, device=x.device) < packing.began
+    return _placed(state.masked_fill(elsewhere, 0), packing.first, segment)
+
+
+class _Preceding(torch.autograd.Function):
+    """The x of the process before, zeros on the first."""
+
+    @staticmethod
+    def forward(ctx, x, segment):
+        ctx.segment = segment
+        everyone = all_gather(x, segment.group)
+        return everyone[segment.rank - 1].clone() if segment.rank > 0 else torch.zeros_like(everyone[0])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        segment = ctx.segment
+        everyone = all_gather(gradient, segment.group)
+        return everyone[segment.rank + 1].clone() if segment.rank + 1 < segment.size else torch.zeros_like(everyone[0]), None
