@@ -270,7 +270,8 @@ class DeltaNetModel(ContextParallelMixin, DeltaNetPreTrainedModel):
         return (torch.arange(length, device=inputs_embeds.device) + seen)[None]
 
     def _rotary_embeddings(self, position_ids, dtype):
-        ropes = {block.attn.rope for block in self.layers if not block.is_delta}
+        # Pipeline parallelism puts modules of its own in the place of blocks that run elsewhere.
+        ropes = {block.attn.rope for block in self.layers if not getattr(block, "is_delta", True)}
         return {rope: rotary_embedding(position_ids, *rope, dtype) for rope in ropes}
 
 

@@ -11,7 +11,8 @@ HERE = pathlib.Path(__file__).parent
 
 
 def launch(worker: str, processes: int, folder: pathlib.Path, *arguments: str) -> list[dict]:
-    """The dictionaries that the processes of `worker`.py, started together, gave to `report`, in the order of ranks.
+    """The dictionaries that the processes of `worker`.py, started together, gave to `report`, in the order of ranks; their
+    working directory is `folder`.
 
     Raises:
         AssertionError: a process failed, with the end of what all of them printed.
