@@ -82,15 +82,16 @@ class DeltaNetConfig(PreTrainedConfig):
         "rms_norm_eps": "norm_eps",
         "conv_kernel_size": "conv_size",
     }
+    # By heads. "grouped_gemm" is what every supported release calls a parameter split along its first dimension.
     base_model_tp_plan = {
         "layers.*.attn.q_proj": "colwise",
         "layers.*.attn.k_proj": "colwise",
         "layers.*.attn.v_proj": "colwise",
         "layers.*.attn.b_proj": "colwise",
         "layers.*.attn.g_proj": "colwise",
-        "layers.*.attn.q_conv1d.weight": "embedding_rowwise",
-        "layers.*.attn.k_conv1d.weight": "embedding_rowwise",
-        "layers.*.attn.v_conv1d.weight": "embedding_rowwise",
+        "layers.*.attn.q_conv1d.weight": "grouped_gemm",
+        "layers.*.attn.k_conv1d.weight": "grouped_gemm",
+        "layers.*.attn.v_conv1d.weight": "grouped_gemm",
         "layers.*.attn.o_norm": "replicated_with_grad_allreduce",
         "layers.*.attn.o_proj": "rowwise",
         "layers.*.mlp.gate_proj": "colwise",

@@ -14,7 +14,7 @@ kinds = pytest.mark.parametrize("kind", MODELS)
 
 
 def make_model(kind):
-    return tiny_model(kind, num_heads=4, use_gate=True)
+    return tiny_model(kind, num_heads=4, use_gate=True, vocab_size=62)
 
 
 @pytest.fixture(scope="module")
