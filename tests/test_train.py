@@ -33,7 +33,7 @@ def data(tmp_path_factory):
 
 
 def make_recipe(data, output):
-    """Ten steps of two times two blocks: more than one epoch, so that the order changes on the way."""
+    """Ten steps of two times two blocks, which is one epoch of `data`."""
     return Recipe(
         data=str(data),
         output=str(output),

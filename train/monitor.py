@@ -21,7 +21,7 @@ class StatusLine(TrainerCallback):
         self.last = (self.tokens, self.begin[1])
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in (logs or {}):
+        if "loss" not in (logs or {}) or not state.is_world_process_zero:
             return
         now = time.perf_counter()
         rate = (self.tokens - self.last[0]) / (now - self.last[1])
@@ -55,7 +55,7 @@ class GuardedTrainer(Trainer):
         blocks = inputs.pop("block")
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.seen.append((loss, blocks))
-        self.status.tokens += inputs["input_ids"].numel()
+        self.status.tokens += inputs["input_ids"].numel() * self.args.world_size
         return loss
 
 
@@ -66,6 +66,7 @@ class _Guard(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         values = torch.stack([norm, *(loss.to(norm) for loss, _ in self.seen)])
         if not values.isfinite().all():
             self._stop(state.global_step + 1, values.tolist(), Path(args.output_dir))
