@@ -8,7 +8,6 @@ from launching import join, report
 from transformers import TrainerCallback
 
 from deltanet.train import run
-from deltanet.train.monitor import StatusLine
 from deltanet.train.recipe import load_recipe
 
 EPOCH = 4
