@@ -51,7 +51,7 @@ def milliseconds(work, device, repeats: int = 5) -> float:
 
     The number of calls is fixed, because processes that disagreed about it would wait for each other for ever."""
     times = []
-    for i in range(repeats + 2):
+    for _ in range(repeats + 2):
         synchronize(device)
         dist.barrier()
         start = time.perf_counter()
@@ -187,22 +187,21 @@ def tensor(device, tiny: bool, scratch: pathlib.Path, **_) -> dict:
     def generate(net):
         return net.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
 
-    row, found = {"shape": f"1.3B_B{batch}_T{prompt}_new{new}", "decoding": "eager"}, {}
+    row = {"shape": f"1.3B_B{batch}_T{prompt}_new{new}", "decoding": "eager"}
+
+    @torch.no_grad()
+    def measure(dtype, parallel):
+        net, key = load(dtype, parallel), f"{str(dtype)[6:]}_{'two' if parallel else 'one'}"
+        logits, tokens = net(ids, use_cache=False).logits, generate(net)
+        row[f"{key}_prefill_ms"] = milliseconds(lambda: net(ids, use_cache=False), device)
+        row[f"{key}_generate_ms"] = milliseconds(lambda: generate(net), device, repeats=1)
+        row[f"{key}_peak_gib"] = peak_gib(lambda: generate(net), device)
+        return logits, tokens[:, prompt:]
+
     for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        for parallel in (False, True):
-            net = load(dtype, parallel)
-            with torch.no_grad():
-                logits, tokens = net(ids, use_cache=False).logits, generate(net)
-                found[name, parallel] = (logits, tokens)
-                key = f"{name}_{'two' if parallel else 'one'}"
-                row[f"{key}_prefill_ms"] = milliseconds(lambda: net(ids, use_cache=False), device)  # noqa: B023
-                row[f"{key}_generate_ms"] = milliseconds(lambda: generate(net), device, repeats=1)  # noqa: B023
-                row[f"{key}_peak_gib"] = peak_gib(lambda: generate(net), device)  # noqa: B023
-            del net
-        (expected, expected_tokens), (actual, tokens) = found[name, False], found[name, True]
-        row[f"{name}_logits_error"] = relative_error(actual, expected)
-        row[f"{name}_equal_tokens"] = (tokens == expected_tokens)[:, prompt:].float().mean().item()
+        (expected, expected_tokens), (actual, tokens) = (measure(dtype, parallel) for parallel in (False, True))
+        row[f"{str(dtype)[6:]}_logits_error"] = relative_error(actual, expected)
+        row[f"{str(dtype)[6:]}_equal_tokens"] = (tokens == expected_tokens).float().mean().item()
     return row
 
 

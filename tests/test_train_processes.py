@@ -100,8 +100,8 @@ def test_an_odd_batch_is_refused(found):
     assert all(expected in one["odd"] for one in found)
 
 
-def test_only_one_process_speaks(found, folder):
-    speaking, silent = ((folder / f"log-{rank}").read_text() for rank in range(2))
+def test_only_one_process_speaks(found):
+    speaking, silent = (one["log"] for one in found)
     assert "step 10/10 100.00% | loss" in speaking and "going on from checkpoint-4" in speaking
     assert "step" not in silent and "going on" not in silent
 
@@ -112,3 +112,36 @@ def test_the_checkpoint_is_a_model(found, folder):
     model = AutoModelForCausalLM.from_pretrained(folder / "whole/checkpoint-10")
     final = AutoModelForCausalLM.from_pretrained(folder / "whole/model")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), final.parameters()))
+
+
+class TestFSDP:
+    """accelerate's FSDP2 by the shipped configuration, against one process and mixed with it."""
+
+    @pytest.fixture(scope="class")
+    def divided(self, folder, recipe):
+        interrupted_at(3, dataclasses.replace(recipe, output=str(folder / "one-to-divided")))
+        recipe.write(folder / "recipe.yaml")
+        return launch("fsdp_worker", 2, folder)
+
+    def test_the_model_is_divided(self, divided):
+        assert all(found["divided"] == [True] * 5 for found in divided)
+
+    def test_trains_as_one_process(self, divided, folder, one):
+        assert_close(folder / "divided", one)
+
+    def test_continues_exactly(self, divided, folder):
+        assert numbers(folder / "divided-at-3") == numbers(folder / "divided")
+        assert weights(folder / "divided-at-3") == weights(folder / "divided")
+
+    def test_goes_on_without_division_and_back(self, divided, folder, recipe, one):
+        run.train(dataclasses.replace(recipe, output=str(folder / "divided-to-one")))
+        for name in ("divided-to-one", "one-to-divided"):
+            assert_close(folder / name, one)
+
+    def test_the_checkpoint_is_a_model(self, divided, folder):
+        names = {path.name for path in (folder / "divided/checkpoint-10").iterdir()}
+        assert {"model.safetensors", "optimizer.pt", "scheduler.pt"} <= names
+        assert not {name for name in names if name.startswith("pytorch_model")}
+        model = AutoModelForCausalLM.from_pretrained(folder / "divided/checkpoint-10")
+        final = AutoModelForCausalLM.from_pretrained(folder / "divided/model")
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), final.parameters()))

@@ -18,7 +18,7 @@ from transformers import (
 
 from .. import DeltaNetForCausalLM
 from .finished import finished_directory, last_checkpoint, require_space
-from .monitor import GuardedTrainer
+from .portable import PortableTrainer
 from .prepare import prepare_shipped
 from .recipe import FREE_TO_CHANGE, SHIPPED, Recipe, load_recipe
 from .shards import PackedDocuments, ShardBlocks, TokenShards, collate_packs, tokenizer_checksum
@@ -150,7 +150,7 @@ def _accumulation(recipe: Recipe, processes: int) -> int:
     return forwards
 
 
-def _trainer(recipe: Recipe, model: DeltaNetForCausalLM, dataset: Dataset, processes: int) -> GuardedTrainer:
+def _trainer(recipe: Recipe, model: DeltaNetForCausalLM, dataset: Dataset, processes: int) -> PortableTrainer:
     arguments = TrainingArguments(
         output_dir=recipe.output,
         max_steps=recipe.steps,
@@ -180,6 +180,7 @@ def _trainer(recipe: Recipe, model: DeltaNetForCausalLM, dataset: Dataset, proce
         remove_unused_columns=False,
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
     )
     if arguments.n_gpu > 1:
         raise ValueError(
@@ -189,7 +190,7 @@ def _trainer(recipe: Recipe, model: DeltaNetForCausalLM, dataset: Dataset, proce
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     collate = _numbered(collate_packs if recipe.packing else default_data_collator)
-    trainer = GuardedTrainer(model, arguments, train_dataset=dataset, data_collator=collate)
+    trainer = PortableTrainer(model, arguments, train_dataset=dataset, data_collator=collate)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
