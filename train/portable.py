@@ -1,7 +1,5 @@
 """Checkpoints that do not depend on how many processes wrote them, nor on whether FSDP divided the model among them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from .monitor import GuardedTrainer
 
@@ -48,52 +47,46 @@ class PortableTrainer(GuardedTrainer):
         set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with self._whole_optimizer(gather=True):
-            super()._save_optimizer_and_scheduler(output_dir)
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = whole_state(self.model, self.optimizer.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with self._whole_optimizer(gather=False):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    @contextmanager
-    def _whole_optimizer(self, gather: bool) -> Iterator[None]:
-        """While it lasts, a Trainer without FSDP reads and writes the whole state."""
-        if not self.is_fsdp_enabled:
-            yield
-            return
-        optimizer = self.optimizer
-        self.optimizer, self.is_fsdp_enabled = _WholeOptimizer(self.model, optimizer.optimizer, gather), False
-        try:
-            yield
-        finally:
-            self.optimizer, self.is_fsdp_enabled = optimizer, True
+        if not self.is_fsdp_enabled or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        states = [
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        ]
+        divide_state(self.model, self.optimizer.optimizer, states[0])
+        self.lr_scheduler.load_state_dict(states[1])
 
 
-class _WholeOptimizer:
-    """The state of an optimizer over a divided model; parameters have numbers, as in an optimizer's own state.
-
-    All processes must make it, since gathering takes all of them.
+def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer over a divided model as its own `state_dict` would be without the division: on the first
+    process and on its CPU, nothing on the others. All must call it.
     """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = get_optimizer_state_dict(model, optimizer, options=options)
+    if not whole:
+        return {}
+    number = {name: i for i, name in enumerate(_names(model, optimizer))}
+    groups = [{**group, "params": [number[name] for name in group["params"]]} for group in whole["param_groups"]]
+    return {"state": {number[name]: entry for name, entry in whole["state"].items()}, "param_groups": groups}
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, gather: bool):
-        self.model, self.optimizer = model, optimizer
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        self.names = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-        self.state = self._gathered() if gather else {}
 
-    def _gathered(self) -> dict[str, Any]:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        whole = get_optimizer_state_dict(self.model, self.optimizer, options=options)
-        if not whole:
-            return {}
-        number = {name: i for i, name in enumerate(self.names)}
-        groups = [{**group, "params": [number[name] for name in group["params"]]} for group in whole["param_groups"]]
-        return {"state": {number[name]: state for name, state in whole["state"].items()}, "param_groups": groups}
+def divide_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Give an optimizer over a divided model this process's share of a whole state. All must call it."""
+    names = _names(model, optimizer)
+    groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
+    whole = {"state": {names[i]: entry for i, entry in state["state"].items()}, "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer, whole, options=StateDictOptions(full_state_dict=True))
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        groups = [{**group, "params": [self.names[i] for i in group["params"]]} for group in state["param_groups"]]
-        whole = {"state": {self.names[i]: entry for i, entry in state["state"].items()}, "param_groups": groups}
-        set_optimizer_state_dict(self.model, self.optimizer, whole, options=StateDictOptions(full_state_dict=True))
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Of the parameters, in the order by which an optimizer numbers them."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
