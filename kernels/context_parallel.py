@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_boundary_values, check_inputs
-from .delta_rule import NAMESPACE
+from .delta_rule import NAMESPACE, implementation
 from .reference import compute_dtype
 
 
@@ -145,12 +145,17 @@ def _segment_map(k: Tensor, v: Tensor, beta: Tensor, use_l2: bool, segment: Segm
     dtype = compute_dtype(k.dtype)
     if segment.rank == segment.size - 1:
         return k.new_zeros((B, H, K, V + K), dtype=dtype)
-    identity = torch.eye(K, dtype=dtype, device=k.device).expand(B, H, K, K)
     if segment.packing is not None:
         # With a beta of zero a token is as if it were not there.
         beta = beta.masked_fill(~segment.packing.closing[:, None], 0)
-    op = getattr(torch.ops, NAMESPACE).chunk_delta_rule
-    _, state, *_ = op(k, k, F.pad(v, (0, K)), beta, 1.0, F.pad(identity, (V, 0)), True, use_l2, None)
+    if implementation(k).name == "triton":
+        from .chunk_segments import segment_map
+
+        state = segment_map(k, v, beta, use_l2)
+    else:
+        identity = torch.eye(K, dtype=dtype, device=k.device).expand(B, H, K, K)
+        op = getattr(torch.ops, NAMESPACE).chunk_delta_rule
+        _, state, *_ = op(k, k, F.pad(v, (0, K)), beta, 1.0, F.pad(identity, (V, 0)), True, use_l2, None)
     if segment.packing is not None:
         state[..., V:].mul_(segment.packing.passes)
     return state
@@ -165,6 +170,10 @@ def _entering_gradient(do, q, k, v, beta, saved, scale, use_l2, segment: Segment
         absent = ~segment.packing.opening
         do, beta = do.masked_fill(absent[:, None, None], 0), beta.masked_fill(absent[:, None], 0)
         saved = [x.new_empty(0) for x in saved]
+    if implementation(q).name == "triton":
+        from .chunk_segments import entering_gradient
+
+        return entering_gradient(do, q, k, v, beta, *saved, scale, use_l2)
     op = getattr(torch.ops, NAMESPACE).chunk_delta_rule_backward
     return op(do, None, q, k, v, beta, *saved, scale, zero, use_l2, None)[4]
 
