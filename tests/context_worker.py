@@ -95,10 +95,20 @@ def model_inputs(name):
             "position_ids": (torch.arange(64) - cu_seqlens[sequence.clamp(max=len(cu_seqlens) - 1)])[None],
         }
         arguments[name] = values[name]
-    model = tiny_model(**case.get("model", {})).train()
+    model = tiny_model(**case.get("model", {}))
     if case.get("gradient_checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, {"input_ids": ids, "labels": labels, **arguments}
+
+
+def step(model, arguments):
+    """(loss in training, logits in evaluation); gradients are in the model."""
+    inputs = {name: value for name, value in arguments.items() if name != "labels"}
+    with torch.no_grad():
+        logits = model.eval()(**inputs, use_cache=False).logits
+    loss = model.train()(**arguments).loss
+    loss.backward()
+    return loss.detach(), logits
 
 
 def train(name, group):
@@ -106,14 +116,10 @@ def train(name, group):
     model, arguments = model_inputs(name)
     model.set_context_parallel(group)
     own = {key: value if key == "cu_seq_lens_q" else segment_of(value, group) for key, value in arguments.items()}
-    output = model(**own)
-    output.loss.backward()
-    gradients = {n: p.grad / dist.get_world_size(group) for n, p in model.named_parameters()}
-    for gradient in gradients.values():
-        dist.all_reduce(gradient, group=group)
-    loss = output.loss.detach() / dist.get_world_size(group)
-    dist.all_reduce(loss, group=group)
-    return loss, output.logits.detach(), gradients
+    loss, logits = step(model, own)
+    for tensor in (loss, *(parameter.grad for parameter in model.parameters())):
+        dist.all_reduce(tensor.div_(dist.get_world_size(group)), group=group)
+    return loss, logits, {n: p.grad for n, p in model.named_parameters()}
 
 
 def refusals(group):

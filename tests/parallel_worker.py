@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
 from launching import join, report
 from models import token_ids
 from torch.distributed.fsdp import fully_shard
@@ -12,11 +13,10 @@ from transformers.distributed import DistributedConfig
 import deltanet  # noqa: F401
 
 MODELS = ("pure", "sliding")
-FSDP_LEARNING_RATE = 0.1
+LEARNING_RATE = 0.1
 
 
 def load(kind, **sizes):
-    torch.manual_seed(0)
     return AutoModelForCausalLM.from_pretrained(f"./{kind}", distributed_config=DistributedConfig(**sizes))
 
 
@@ -34,18 +34,10 @@ def greedy(model):
 
 def tensor_parallel(kind):
     model, ids = load(kind, tp_size=2, tp_plan="auto"), token_ids(2, 70)
-    output = model(ids, labels=ids)
-    output.loss.backward()
+    found = step(model, ids)
     local = {name: tuple(x.to_local().shape if isinstance(x, DTensor) else x.shape) for name, x in model.named_parameters()}
-    found = {
-        "logits": whole(output.logits).detach(),
-        "loss": whole(output.loss).detach(),
-        "gradients": gradients(model),
-        "shapes": local,
-        "tokens": greedy(model.eval()),
-    }
     model.save_pretrained(f"tensor-{kind}")
-    return found
+    return {**found, "shapes": local, "tokens": greedy(model)}
 
 
 def pipeline_parallel(kind):
@@ -56,27 +48,43 @@ def pipeline_parallel(kind):
 
 def sharded_by_plan(kind, rank):
     """One step of SGD on this process's row, by the model's own FSDP plan; then the model is saved."""
-    model, ids = load(kind, fsdp_size=2), token_ids(2, 70)[rank : rank + 1]
-    found = _step(model, ids)
+    model = load(kind, fsdp_size=2)
+    found = step(model, token_ids(2, 70)[rank : rank + 1])
+    torch.optim.SGD(model.parameters(), lr=LEARNING_RATE).step()
     model.save_pretrained(f"fsdp-{kind}")
     return found
 
 
 def sharded_by_hand(kind, rank):
-    """The same with `fully_shard` on the blocks, and a state dictionary that both processes write and read again."""
+    """The same with `fully_shard` on the blocks, and a checkpoint of which every process writes and reads its part."""
+    model, other = divided(kind), divided(kind)
+    found = step(model, token_ids(2, 70)[rank : rank + 1])
+    torch.optim.SGD(model.parameters(), lr=LEARNING_RATE).step()
+    checkpoint.save(model.state_dict(), checkpoint_id=f"hand-{kind}")
+    state = other.state_dict()
+    found["changed"] = not all(torch.equal(whole(a), whole(b)) for a, b in zip(state.values(), model.state_dict().values()))
+    checkpoint.load(state, checkpoint_id=f"hand-{kind}")
+    other.load_state_dict(state)
+    found["read"] = all(torch.equal(whole(a), whole(b)) for a, b in zip(other.parameters(), model.parameters()))
+    return found
+
+
+def divided(kind):
     model = AutoModelForCausalLM.from_pretrained(f"./{kind}")
     for block in model.model.layers:
         fully_shard(block)
     fully_shard(model)
-    return _step(model, token_ids(2, 70)[rank : rank + 1])
+    return model
 
 
-def _step(model, ids):
-    output = model(ids, labels=ids)
-    output.loss.backward()
-    found = {"loss": output.loss.detach(), "logits": output.logits.detach(), "gradients": gradients(model)}
-    torch.optim.SGD(model.parameters(), lr=FSDP_LEARNING_RATE).step()
-    return found
+def step(model, ids):
+    """Logits in evaluation, and the loss and gradients of training."""
+    with torch.no_grad():
+        logits = whole(model.eval()(ids, use_cache=False).logits)
+    loss = whole(model.train()(ids, labels=ids).loss)
+    loss.backward()
+    model.eval()
+    return {"loss": loss.detach(), "logits": logits, "gradients": gradients(model)}
 
 
 def main():

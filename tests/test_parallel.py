@@ -5,7 +5,7 @@ import torch
 from launching import launch
 from models import tiny_model, token_ids
 from oracle import relative_error
-from parallel_worker import FSDP_LEARNING_RATE, MODELS, greedy
+from parallel_worker import LEARNING_RATE, MODELS, greedy, step
 from safetensors.torch import load_file
 
 pytest.importorskip("transformers.distributed")
@@ -31,11 +31,9 @@ def found(folder):
 
 @pytest.fixture(scope="module", params=MODELS)
 def single(request):
-    """A model after a training step's backward in one process: (kind, model, output)."""
-    model, ids = make_model(request.param), token_ids(2, 70)
-    output = model(ids, labels=ids)
-    output.loss.backward()
-    return request.param, model, output
+    """A model after a backward in one process: (kind, model, what `step` gives)."""
+    model = make_model(request.param)
+    return request.param, model, step(model, token_ids(2, 70))
 
 
 def assert_gradients(actual, model, limit=2e-5):
@@ -48,8 +46,8 @@ class TestTensorParallel:
         kind, model, output = single
         for one in found:
             actual = one["tensor", kind]
-            assert relative_error(actual["logits"], output.logits.detach()) <= 1e-5
-            assert actual["loss"].item() == pytest.approx(output.loss.item(), rel=1e-6)
+            assert relative_error(actual["logits"], output["logits"]) <= 1e-5
+            assert actual["loss"].item() == pytest.approx(output["loss"].item(), rel=1e-6)
             assert_gradients(actual["gradients"], model)
 
     def test_every_process_holds_its_heads(self, found, single):
@@ -82,18 +80,22 @@ class TestFSDP:
     def test_losses_and_gradients(self, found, single, how):
         kind, model, output = single
         losses = [one[how, kind]["loss"].item() for one in found]
-        assert sum(losses) / 2 == pytest.approx(output.loss.item(), rel=1e-6)
+        assert sum(losses) / 2 == pytest.approx(output["loss"].item(), rel=1e-6)
         logits = torch.cat([one[how, kind]["logits"] for one in found])
-        assert relative_error(logits, output.logits.detach()) <= 1e-6
+        assert relative_error(logits, output["logits"]) <= 1e-6
         for one in found:
             assert_gradients(one[how, kind]["gradients"], model)
+
+    @kinds
+    def test_divided_checkpoint(self, found, kind):
+        assert all(one["hand", kind]["changed"] and one["hand", kind]["read"] for one in found)
 
     def test_save_after_a_step(self, found, folder, single):
         kind, model, _ = single
         trained = make_model(kind)
         with torch.no_grad():
             for parameter, source in zip(trained.parameters(), model.parameters()):
-                parameter -= FSDP_LEARNING_RATE * source.grad
+                parameter -= LEARNING_RATE * source.grad
         loaded = type(trained).from_pretrained(folder / f"fsdp-{kind}")
         for (name, a), b in zip(loaded.named_parameters(), trained.parameters()):
             assert relative_error(a.detach(), b.detach()) <= 1e-6, name
