@@ -187,6 +187,16 @@ class DeltaNetConfig(PreTrainedConfig):
         """Window of the sliding-attention layers, or `None` where there are none."""
         return next((spec["window_size"] for spec in self._attention_list() if spec["window_size"]), None)
 
+    def check_tensor_parallel(self, size: int):
+        """Raise `ValueError` unless the heads of every layer can be divided among `size` processes."""
+        heads = {self.num_heads}
+        for spec in self._attention_list():
+            heads |= {spec["num_heads"], spec["num_kv_heads"] or spec["num_heads"]}
+        undivided = sorted(count for count in heads if count % size)
+        if undivided:
+            allowed = f"divisors of the numbers of heads, {', '.join(map(str, sorted(heads)))}"
+            raise ValueError(f"`tp_size` is {size}; allowed: {allowed}.")
+
     def _attention_list(self) -> list[dict]:
         attn = [self.attn] if isinstance(self.attn, dict) else self.attn or []
         return [{**_ATTENTION_DEFAULTS, **spec} for spec in attn]

@@ -12,7 +12,7 @@ class ContextParallelMixin:
     """For models whose outputs belong to one token each."""
 
     @property
-    def context_group(self) -> dist.ProcessGroup | None:
+    def context_group(self) -> "dist.ProcessGroup | None":
         return getattr(self.base_model, "_context_group", None)
 
     def set_context_parallel(self, group) -> None:
@@ -36,7 +36,7 @@ class ContextParallelMixin:
         self.base_model._context_group = group.get_group() if hasattr(group, "get_group") else group
 
 
-def segment_of(x: torch.Tensor, group: dist.ProcessGroup, dim: int = 1) -> torch.Tensor:
+def segment_of(x: torch.Tensor, group: "dist.ProcessGroup", dim: int = 1) -> torch.Tensor:
     """This process's tokens of x, whose dimension `dim` has those of all processes.
 
     Raises:
@@ -49,7 +49,7 @@ def segment_of(x: torch.Tensor, group: dist.ProcessGroup, dim: int = 1) -> torch
 
 
 def segment_layout(
-    group: dist.ProcessGroup,
+    group: "dist.ProcessGroup",
     inputs_embeds: torch.Tensor,
     position_ids: torch.Tensor | None,
     cu_seq_lens_q: torch.Tensor | None,
@@ -82,27 +82,27 @@ def segment_layout(
     return TokenLayout(real=real, cu_seqlens=own.cu_seqlens, segment=own)
 
 
-def _check_shapes(shape: torch.Tensor, group: dist.ProcessGroup) -> None:
+def _check_shapes(shape: torch.Tensor, group: "dist.ProcessGroup") -> None:
     shapes = all_gather(shape, group).tolist()
     if any(other != shapes[0] for other in shapes):
         raise ValueError(f"The processes hold inputs of [batch, tokens] = {shapes}; allowed: the same on every process.")
 
 
-def _whole(x: torch.Tensor | None, length: int, group: dist.ProcessGroup) -> torch.Tensor | None:
+def _whole(x: torch.Tensor | None, length: int, group: "dist.ProcessGroup") -> torch.Tensor | None:
     """[B, T] of every process side by side; what has another shape is left for `find_boundaries` to refuse."""
     if x is None or x.ndim != 2 or x.shape[1] != length:
         return x
     return torch.cat(tuple(all_gather(x, group)), 1)
 
 
-def shifted_labels(labels: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def shifted_labels(labels: torch.Tensor, group: "dist.ProcessGroup") -> torch.Tensor:
     """The label that each position predicts, [B, T]: the next one, which behind a segment's last is the next process's."""
     firsts, following = all_gather(labels[:, :1], group), dist.get_rank(group) + 1
     last = firsts[following] if following < len(firsts) else torch.full_like(firsts[0], -100)
     return torch.cat([labels[:, 1:], last], 1)
 
 
-def labels_a_process(labels: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def labels_a_process(labels: torch.Tensor, group: "dist.ProcessGroup") -> torch.Tensor:
     """How many labels count, divided by the number of processes: the mean of all processes' losses, each a sum over it, is
     the loss of the whole rows, and averaged gradients are its gradients."""
     count = (labels != -100).sum().float()

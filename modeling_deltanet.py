@@ -123,6 +123,7 @@ class DeltaNetPreTrainedModel(PreTrainedModel):
             _refuse_layouts_of_2024(*super().from_pretrained(*arguments, **kwargs, output_loading_info=True))
             raise
         _refuse_layouts_of_2024(model, info)
+        model.config.check_tensor_parallel(model._tp_size or 1)
         return (model, info) if output_loading_info else model
 
 

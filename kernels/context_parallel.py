@@ -41,7 +41,7 @@ class Packing(NamedTuple):
 class Segment(NamedTuple):
     """This process's share of the sequences; the same for every layer, so make it once a forward, with `segment`."""
 
-    group: Optional[dist.ProcessGroup]
+    group: Optional["dist.ProcessGroup"]
     rank: int
     size: int
     packing: Optional[Packing]
@@ -51,7 +51,7 @@ class Segment(NamedTuple):
         return None if self.packing is None else self.packing.cu_seqlens
 
 
-def segment(group: Optional[dist.ProcessGroup], length: int, cu_seqlens: Optional[Tensor] = None) -> Segment:
+def segment(group: Optional["dist.ProcessGroup"], length: int, cu_seqlens: Optional[Tensor] = None) -> Segment:
     """The segment of this process among the processes of `group` (`None` for all), of `length` tokens.
 
     `cu_seqlens` [N + 1] are bounds of packed sequences in the whole row, the same on every process. All segments are then
@@ -184,7 +184,7 @@ def _placed(state: Tensor, index: Tensor, segment: Segment) -> Tensor:
     return states.index_copy_(0, index, state)
 
 
-def all_gather(x: Tensor, group: Optional[dist.ProcessGroup]) -> Tensor:
+def all_gather(x: Tensor, group: Optional["dist.ProcessGroup"]) -> Tensor:
     """x of every process, [R, *x.shape]; no gradient."""
     size = dist.get_world_size(group)
     out = x.new_empty((size * len(x), *x.shape[1:]))

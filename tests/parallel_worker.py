@@ -96,6 +96,10 @@ def main():
         found["plan", kind] = sharded_by_plan(kind, rank)
         found["hand", kind] = sharded_by_hand(kind, rank)
         dist.barrier()
+    try:
+        load("odd", tp_size=2, tp_plan="auto")
+    except ValueError as error:
+        found["odd"] = str(error)
     report(found)
 
 

@@ -26,6 +26,7 @@ def folder(tmp_path_factory):
 def found(folder):
     for kind in MODELS:
         make_model(kind).save_pretrained(folder / kind)
+    tiny_model(vocab_size=62, hidden_size=48, num_heads=3).save_pretrained(folder / "odd")
     return launch("parallel_worker", 2, folder)
 
 
@@ -64,6 +65,10 @@ class TestTensorParallel:
     def test_generate(self, found, kind):
         for one in found:
             assert torch.equal(one["tensor", kind]["tokens"], greedy(make_model(kind)))
+
+    def test_heads_that_cannot_be_divided(self, found):
+        expected = "`tp_size` is 2; allowed: divisors of the numbers of heads, 3."
+        assert [one["odd"] for one in found] == [expected] * 2
 
     @kinds
     def test_save(self, found, folder, kind):
