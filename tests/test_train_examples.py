@@ -4,9 +4,14 @@ import json
 
 import pytest
 import torch
+from launching import launch
 from models import tiny_model
+from oracle import relative_error
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deltanet.train import prepare
+from deltanet.train.shards import ShardBlocks, TokenShards
+from deltanet.train.sources import ShippedSource
 from deltanet.train.tokenization import train_tokenizer
 
 SAMPLES = [
@@ -82,3 +87,30 @@ def test_lora(model_name, tmp_path):
     AutoTokenizer.from_pretrained(model_name).save_pretrained(tmp_path / "merged")
     assert mean_loss(str(tmp_path / "merged"), [("", text) for text in texts]) < 0.9 * before
     assert sum(file.stat().st_size for file in (tmp_path / "out").glob("adapter_model*")) > 0
+
+
+def test_long_context(tmp_path):
+    """Two processes that share every row and the weights, against a loop in one."""
+    source = ShippedSource()
+    source.chapters = [" ".join([f"{i} and {i + 1} make {2 * i + 1}."] * 9) for i in range(9)]
+    tokenizer = train_tokenizer(source.chapters, 280)
+    prepare.prepare(tmp_path / "shards", source, tokenizer)
+    model = tiny_model(vocab_size=280, bos_token_id=0, eos_token_id=0)
+    model.save_pretrained(tmp_path / "model")
+    found = launch("long_context_worker", 2, tmp_path)
+
+    rows, expected = ShardBlocks(TokenShards(tmp_path / "shards"), 96), []
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.01)
+    for step in range(4):
+        ids = rows[step % len(rows)]["input_ids"][None]
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert all(one["losses"] == pytest.approx(expected, rel=1e-4) for one in found)
+    assert expected[-1] < expected[0]
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert relative_error(trained.lm_head.weight.detach(), model.lm_head.weight.detach()) <= 1e-2
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "trained")) == len(tokenizer)
