@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from transformers.cache_utils import Cache
 
 from .configuration_deltanet import DELTA_LAYER_TYPE
 from .kernels.context_parallel import all_gather, segment
@@ -23,6 +24,7 @@ class ContextParallelMixin:
 
         The loss is so scaled that its mean over the processes is the loss of the whole rows; averaged gradients, as DDP and
         FSDP make them, are its gradients. With `num_items_in_batch` it is each process's sum over that number instead.
+        `use_cache=True` gives every process the whole cache, with which all can go on alike once this has ended.
 
         Raises:
             ValueError: the model has layers that need all tokens at once.
@@ -55,26 +57,28 @@ def segment_layout(
     cu_seq_lens_q: torch.Tensor | None,
     seq_idx: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
-    uses_cache: bool,
+    past_key_values: Cache | None,
+    use_cache: bool | None,
 ) -> TokenLayout:
     """
     Layout of this process's tokens [B, T, hidden_size]. `position_ids`, `seq_idx` and `attention_mask` are of these tokens
     too; `cu_seq_lens_q` are boundaries in the whole row of all processes.
 
-    Raises `ValueError` for a cache, for boundaries as `find_boundaries`, and (where `values_are_readable`) unless every
-    process has as many rows and tokens.
+    Raises `ValueError` for a cache that is not new, for boundaries as `find_boundaries`, and (where `values_are_readable`)
+    unless every process has as many rows and tokens.
     """
-    if uses_cache:
-        raise ValueError(
-            "`use_cache` and `past_key_values` are not allowed with context parallelism, and so `generate` is not: the "
-            "processes hold different tokens. `set_context_parallel(None)` ends it."
-        )
     batch, length = inputs_embeds.shape[:2]
     if values_are_readable(inputs_embeds):
         _check_shapes(torch.tensor([batch, length], device=inputs_embeds.device), group)
     whole = (batch, length * dist.get_world_size(group))
     position_ids, seq_idx = (_whole(x, length, group) for x in (position_ids, seq_idx))
     cu_seqlens = find_boundaries(whole, position_ids, cu_seq_lens_q, seq_idx, attention_mask, None)
+    if past_key_values is not None or use_cache and not (attention_mask is None and cu_seqlens is None):
+        raise ValueError(
+            "With context parallelism a forward can begin a cache, by `use_cache=True` without a mask or packed sequences, "
+            "and `past_key_values` are not allowed: the processes hold different tokens. To go on from the cache and to "
+            "`generate`, end it with `set_context_parallel(None)`."
+        )
     own = segment(group, length, cu_seqlens)
     real = None if attention_mask is None else attention_mask.bool()
     if cu_seqlens is not None:

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from .cache_deltanet import delta_cache_layer, prefetch_next_layer
 from .configuration_deltanet import DeltaNetConfig
-from .kernels.context_parallel import context_parallel_delta_rule, preceding_inputs
+from .kernels.context_parallel import context_parallel_delta_rule, neighbouring_inputs
 from .kernels.delta_rule import chunk_delta_rule, delta_rule_step, recurrent_delta_rule
 from .kernels.reference import compute_dtype
 from .kernels.short_conv import short_convolution, short_convolution_step
@@ -107,7 +107,9 @@ class DeltaNetMixer(nn.Module):
             o = delta_rule_step(q[:, 0], k[:, 0], v[:, 0], beta[:, 0], state, use_qk_l2norm_in_kernel=use_l2)[:, None]
             cache.advance(1)
         elif layout.segment is not None:
-            o = context_parallel_delta_rule(q, k, v, beta, layout.segment, None, use_l2)
+            o, final_state = context_parallel_delta_rule(q, k, v, beta, layout.segment, None, cache is not None, use_l2)
+            if cache is not None:
+                cache.write(conv_states, final_state, hidden_states.shape[1] * layout.segment.size)
         else:
             o, final_state = self.delta_rule(
                 q, k, v, beta, None, state, cache is not None, use_l2, cu_seqlens=layout.cu_seqlens
@@ -127,23 +129,25 @@ class DeltaNetMixer(nn.Module):
         if self.use_short_conv:
             convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
             if layout.segment is not None:
-                streams, conv_states = self._continued(streams, layout)
+                streams, conv_states, last_states = self._continued(streams, layout)
+                output_state = False
             for i, convolution in enumerate(convolutions):
                 streams[i], new_states[i] = convolution(streams[i], conv_states[i], layout, output_state, is_step)
+            new_states = new_states if layout.segment is None else last_states
         else:
             activated = (0, 1, 2) if self.qk_activation == "silu" else (2,)
             streams = [F.silu(x) if i in activated else x for i, x in enumerate(streams)]
         q, k = (self._feature_map(x.unflatten(-1, (-1, self.head_k_dim)), layout) for x in streams[:2])
         return q, k, streams[2].unflatten(-1, (-1, self.head_v_dim)), new_states
 
-    def _continued(self, streams: list[torch.Tensor], layout: TokenLayout) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Inputs of the convolutions, zero at padding, and what the process before hands on of its own: one exchange."""
+    def _continued(self, streams: list[torch.Tensor], layout: TokenLayout):
+        """Inputs of the convolutions, zero at padding; their states, which the process before hands on; and their states
+        behind the last token of all processes. One exchange for the three."""
         if layout.real is not None:
             streams = [x.masked_fill(~layout.real[..., None], 0) for x in streams]
-        width = self.q_conv1d.kernel_size[0]
+        width, sizes = self.q_conv1d.kernel_size[0], [x.shape[-1] for x in streams]
         edges = torch.cat([x[:, max(0, x.shape[1] - width) :] for x in streams], -1)
-        states = preceding_inputs(edges, width, layout.segment)
-        return streams, states.split([x.shape[-1] for x in streams], 1)
+        return streams, *(x.split(sizes, 1) for x in neighbouring_inputs(edges, width, layout.segment))
 
     def _feature_map(self, x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         """Activations other than SiLU, and the normalisation by the sum; the L2 norm is the operation's own."""

@@ -190,8 +190,9 @@ class DeltaNetModel(ContextParallelMixin, DeltaNetPreTrainedModel):
             check_mask(attention_mask, *shape, past_key_values)
         boundaries = (position_ids, kwargs.get("cu_seq_lens_q"), kwargs.pop("seq_idx", None), attention_mask)
         if self.context_group is not None:
-            uses_cache = past_key_values is not None or bool(use_cache)
-            layout, restarts = segment_layout(self.context_group, inputs_embeds, *boundaries, uses_cache), None
+            cache = (past_key_values, use_cache)
+            layout, restarts = segment_layout(self.context_group, inputs_embeds, *boundaries, *cache), None
+            past_key_values = DynamicCache(config=self.config) if use_cache else None
         else:
             cu_seqlens = find_boundaries(shape, *boundaries, past_key_values)
             if past_key_values is None and cu_seqlens is None and self._wants_cache(use_cache):

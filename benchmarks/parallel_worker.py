@@ -98,7 +98,7 @@ def context(T: int, device, tiny: bool, **_) -> dict:
         return [o.detach(), *torch.autograd.grad(o, inputs, do)]
 
     def shared():
-        o = context_parallel_delta_rule(*own, place, None, True)
+        o, _ = context_parallel_delta_rule(*own, place, use_qk_l2norm_in_kernel=True)
         return [o.detach(), *torch.autograd.grad(o, own, own_do)]
 
     with Sent() as sent:
@@ -118,10 +118,11 @@ def context(T: int, device, tiny: bool, **_) -> dict:
         with torch.no_grad():
             rule()
 
-    row["forward_ms"] = milliseconds(lambda: forward(lambda: context_parallel_delta_rule(*own, place, None, True)), device)
-    row["forward_one_ms"] = milliseconds(
-        lambda: forward(lambda: chunk_delta_rule(*inputs, use_qk_l2norm_in_kernel=True)), device
-    )
+    rules = {
+        "forward_ms": lambda: context_parallel_delta_rule(*own, place, use_qk_l2norm_in_kernel=True),
+        "forward_one_ms": lambda: chunk_delta_rule(*inputs, use_qk_l2norm_in_kernel=True),
+    }
+    row.update({name: milliseconds(lambda: forward(rule), device) for name, rule in rules.items()})  # noqa: B023
     row["forward_backward_ms"], row["forward_backward_one_ms"] = (milliseconds(x, device) for x in (shared, one))
     return {"shape": f"B1_T{T}_H{H}_D{D}", "received_bytes": sent.bytes, **row}
 

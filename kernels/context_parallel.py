@@ -85,30 +85,34 @@ def context_parallel_delta_rule(
     beta: Tensor,
     segment: Segment,
     scale: Optional[float] = None,
+    output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
-) -> Tensor:
+) -> tuple[Tensor, Optional[Tensor]]:
     """`chunk_delta_rule` over whole sequences, of which every process of `segment.group` gives and gets its own tokens.
 
     Args:
         q, k: [B, T, H, K], v: [B, T, H, V], beta: [B, T, H], scale, use_qk_l2norm_in_kernel: as in `chunk_delta_rule`,
             with the tokens of this process. Sequences begin with a state of zero.
         segment: from `segment(group, T, cu_seqlens)`.
+        output_final_state: give every process the state behind the last token of all; not for packed sequences.
 
     Returns:
-        o [B, T, H, V] of this process's tokens, in the dtype of v. Differentiable once in q, k, v and beta; every process
-        must call it, and then backward, as often as the others.
+        o [B, T, H, V] of this process's tokens, in the dtype of v, and the final state [B, H, K, V] or None. o is
+        differentiable once in q, k, v and beta; every process must call this, and then backward, as often as the others.
 
     Raises:
-        TypeError, ValueError: as in `chunk_delta_rule`.
+        TypeError, ValueError: as in `chunk_delta_rule`; or a final state is wanted of packed sequences.
     """
     check_inputs(q, k, v, beta, None, segment.cu_seqlens)
+    if output_final_state and segment.packing is not None:
+        raise ValueError("output_final_state is True with packed sequences; without cu_seqlens there is one state a row")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _ContextParallel.apply(q, k, v, beta, scale, use_qk_l2norm_in_kernel, segment)
+    return _ContextParallel.apply(q, k, v, beta, scale, output_final_state, use_qk_l2norm_in_kernel, segment)
 
 
 class _ContextParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, beta, scale, use_l2, segment):
+    def forward(ctx, q, k, v, beta, scale, output_final_state, use_l2, segment):
         with torch.autocast(q.device.type, enabled=False):
             maps = all_gather(_segment_map(k, v, beta, use_l2, segment), segment.group)
             N, M = maps.split([v.shape[3], k.shape[3]], -1)
@@ -117,14 +121,18 @@ class _ContextParallel(torch.autograd.Function):
                 S = N[r] + M[r] @ S
         initial = S if segment.packing is None else _placed(S, segment.packing.first, segment)
         op = getattr(torch.ops, NAMESPACE).chunk_delta_rule
-        o, _, *saved = op(q, k, v, beta, scale, initial, False, use_l2, segment.cu_seqlens)
+        o, final_state, *saved = op(q, k, v, beta, scale, initial, output_final_state, use_l2, segment.cu_seqlens)
         ctx.save_for_backward(q, k, v, beta, S, M[segment.rank + 1 :].clone(), *saved)
         ctx.scale, ctx.use_l2, ctx.segment = scale, use_l2, segment
-        return o
+        if not output_final_state:
+            return o, None
+        dist.broadcast(final_state, group_src=segment.size - 1, group=segment.group)
+        ctx.mark_non_differentiable(final_state)
+        return o, final_state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, do):
+    def backward(ctx, do, _):
         q, k, v, beta, S, M, *saved = ctx.saved_tensors
         segment = ctx.segment
         D = all_gather(_entering_gradient(do, q, k, v, beta, saved, ctx.scale, ctx.use_l2, segment), segment.group)
@@ -136,7 +144,7 @@ class _ContextParallel(torch.autograd.Function):
             S, dS = _placed(S, segment.packing.first, segment), _placed(dS, segment.packing.last, segment)
         op = getattr(torch.ops, NAMESPACE).chunk_delta_rule_backward
         gradients = op(do, dS, q, k, v, beta, *saved, ctx.scale, S, ctx.use_l2, segment.cu_seqlens)
-        return *gradients[:4], None, None, None
+        return *gradients[:4], None, None, None, None
 
 
 def _segment_map(k: Tensor, v: Tensor, beta: Tensor, use_l2: bool, segment: Segment) -> Tensor:
@@ -192,38 +200,43 @@ def all_gather(x: Tensor, group: Optional["dist.ProcessGroup"]) -> Tensor:
     return out.unflatten(0, (size, -1))
 
 
-def preceding_inputs(x: Tensor, width: int, segment: Segment) -> Tensor:
-    """What `short_convolution` takes as `initial_state`: the last W - 1 inputs before this process's segment.
+def neighbouring_inputs(x: Tensor, width: int, segment: Segment) -> tuple[Tensor, Tensor]:
+    """What `short_convolution` takes as `initial_state` and, of the whole rows, gives as final state.
 
     Args:
         x: [B, T, D], this process's inputs; T of at least W - 1.
         width: W of the convolution.
 
     Returns:
-        [N, D, W - 1] in the dtype of x, N being B or the number of packed sequences; zero where a sequence begins.
-        Differentiable.
+        The last W - 1 inputs before this process's segment, [N, D, W - 1] in the dtype of x, N being B or the number of
+        packed sequences; zero where a sequence begins. Differentiable. And the last W - 1 of all processes, [B, D, W - 1].
     """
     past, packing = width - 1, segment.packing
     if x.shape[1] < past:
         raise ValueError(f"x has {x.shape[1]} tokens; a segment has at least {past}, for a convolution of width {width}")
-    state = _Preceding.apply(x[:, x.shape[1] - past :], segment).mT if past else x.new_zeros(len(x), x.shape[2], 0)
+    if past == 0:
+        before = last = x.new_zeros(len(x), x.shape[2], 0)
+    else:
+        before, last = (rows.mT for rows in _Neighbours.apply(x[:, x.shape[1] - past :], segment))
     if packing is None:
-        return state
+        return before, last
     elsewhere = torch.arange(-past, 0, device=x.device) < packing.began
-    return _placed(state.masked_fill(elsewhere, 0), packing.first, segment)
+    return _placed(before.masked_fill(elsewhere, 0), packing.first, segment), last
 
 
-class _Preceding(torch.autograd.Function):
-    """The x of the process before, zeros on the first."""
+class _Neighbours(torch.autograd.Function):
+    """The x of the process before, zeros on the first; and that of the last, without gradient."""
 
     @staticmethod
     def forward(ctx, x, segment):
         ctx.segment = segment
         everyone = all_gather(x, segment.group)
-        return everyone[segment.rank - 1].clone() if segment.rank > 0 else torch.zeros_like(everyone[0])
+        last = everyone[-1].clone()
+        ctx.mark_non_differentiable(last)
+        return everyone[segment.rank - 1].clone() if segment.rank > 0 else torch.zeros_like(last), last
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient, _):
         segment = ctx.segment
         everyone = all_gather(gradient, segment.group)
         return everyone[segment.rank + 1].clone() if segment.rank + 1 < segment.size else torch.zeros_like(everyone[0]), None

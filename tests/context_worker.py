@@ -6,8 +6,9 @@ from launching import join, report
 from models import tiny_model, token_ids
 from oracle import tokens
 
+from deltanet.cache_deltanet import CACHE_NAME
 from deltanet.context_parallel_deltanet import segment_of
-from deltanet.kernels.context_parallel import context_parallel_delta_rule, preceding_inputs, segment
+from deltanet.kernels.context_parallel import context_parallel_delta_rule, neighbouring_inputs, segment
 from deltanet.kernels.short_conv import short_convolution
 
 # Name to (rows, tokens of all ranks, bounds of packed sequences or none). The bounds: sequences that cover several
@@ -49,7 +50,7 @@ def rule(name, group):
     inputs, cu_seqlens = rule_inputs(name)
     *own, do = (segment_of(x, group) for x in inputs)
     place = segment(group, do.shape[1], cu_seqlens)
-    return with_gradients(lambda q, k, v, b: context_parallel_delta_rule(q, k, v, b, place, None, True), own, do)
+    return with_gradients(lambda q, k, v, b: context_parallel_delta_rule(q, k, v, b, place, None, False, True)[0], own, do)
 
 
 def convolution(name, group):
@@ -57,7 +58,7 @@ def convolution(name, group):
     place = segment(group, dy.shape[1] // dist.get_world_size(group), cu_seqlens)
 
     def run(x, weight):
-        state = preceding_inputs(x, WIDTH, place)
+        state, _ = neighbouring_inputs(x, WIDTH, place)
         return short_convolution(x, weight, activation="silu", initial_state=state, cu_seqlens=place.cu_seqlens)[0]
 
     return with_gradients(run, [segment_of(x, group), weight], segment_of(dy, group))
@@ -122,13 +123,27 @@ def train(name, group):
     return loss, logits, {n: p.grad for n, p in model.named_parameters()}
 
 
+PROMPT = 66
+
+
+def generated(group):
+    """Tokens that follow a prompt of which all processes read 64 tokens together, each of them a part."""
+    model, ids = tiny_model().eval(), token_ids(2, PROMPT)
+    model.set_context_parallel(group)
+    with torch.no_grad():
+        output = model(segment_of(ids[:, :64], group), use_cache=True, logits_to_keep=1)
+    model.set_context_parallel(None)
+    cache = output[CACHE_NAME]
+    return int(cache.get_seq_length()), model.generate(ids, max_new_tokens=5, do_sample=False, **{CACHE_NAME: cache})
+
+
 def refusals(group):
     """Messages of what is refused, by name."""
     rank = dist.get_rank(group)
     model, ids = tiny_model().eval(), token_ids(2, 16)
     model.set_context_parallel(group)
     attempts = {
-        "cache": lambda: model(ids, use_cache=True),
+        "cache": lambda: model(ids, use_cache=True, attention_mask=torch.ones_like(ids)),
         "generate": lambda: model.generate(ids, max_new_tokens=2),
         "shapes": lambda: model(ids[:, : 16 - rank]),
         "too short": lambda: model(ids[:, :2]),
@@ -152,6 +167,7 @@ def main():
         found.update({("rule", name, ranks): rule(name, group) for name in CASES})
         found.update({("convolution", name, ranks): convolution(name, group) for name in CASES})
         found.update({("model", name, ranks): train(name, group) for name in MODELS})
+        found["generated", ranks] = generated(group)
     found["refusals"] = refusals(groups[4])
     report(found)
 

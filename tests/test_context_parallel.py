@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from context_worker import CASES, MODELS, convolution_inputs, model_inputs, rule_inputs, step, with_gradients
+from context_worker import CASES, MODELS, PROMPT, convolution_inputs, model_inputs, rule_inputs, step, with_gradients
 from launching import launch
-from models import tiny_model
+from models import tiny_model, token_ids
 from oracle import assert_close, delta_rule_batched, relative_error
 
 from deltanet.kernels.short_conv import short_convolution
@@ -61,10 +61,18 @@ def test_model(found, name, ranks):
     assert max(errors.values()) <= 2e-5, errors
 
 
+@sizes
+def test_generate_behind_a_shared_prompt(found, ranks):
+    expected = tiny_model().generate(token_ids(2, PROMPT), max_new_tokens=5, do_sample=False)
+    for one in found[:ranks]:
+        length, tokens = one["generated", ranks]
+        assert length == 64 and torch.equal(tokens, expected)
+
+
 def test_what_is_refused(found):
     for one in found:
         refused = one["refusals"]
-        assert "`use_cache` and `past_key_values` are not allowed with context parallelism" in refused["cache"]
+        assert "With context parallelism a forward can begin a cache, by `use_cache=True` without" in refused["cache"]
         assert refused["generate"] == refused["cache"]
         assert "[[2, 16], [2, 15], [2, 14], [2, 13]]; allowed: the same on every process" in refused["shapes"]
         assert "x has 2 tokens; a segment has at least 3, for a convolution of width 4" in refused["too short"]
