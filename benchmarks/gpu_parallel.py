@@ -94,6 +94,7 @@ class Runs:
         data = self.scratch / "shards"
         prepare_shipped(data, 300 if self.tiny else 4096)
         flags = {"data": data, "output": self.scratch / output, "verify_data": "false", "log_every": 1, **flags}
+        flags |= {"keep_checkpoints": 1}
         flags |= TINY if self.tiny else {}
         module = [f"{PACKAGE}.benchmarks.parallel_training", recipe, "--stop", str(stop)]
         command = [*module, *(f"--{name}={value}" for name, value in flags.items())]
