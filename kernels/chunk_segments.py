@@ -1,48 +1,50 @@
 """What context parallelism asks of the Triton kernels: the affine map of a whole row, and the gradient that enters it.
 
-Both are scans alone, without outputs: one launch of `scan_kernel` over spans, whose maps are then joined. A span goes to
-every program that the card has to spare, so that a long row of few heads fills it.
+Both come from scans over spans that write no outputs. The forward behind the exchange uses what the map was made of, so
+that a row that is cut into spans anyway is mapped at no cost but the product of its spans' maps.
 """
 
 import torch
 from torch import Tensor
 
-from .chunk import _forward, _invert, _maps, _Plan, _rows, _scan, _shared_unit
+from .chunk import Mapped, _forward, _map, _maps, _Plan, _rows, _scan, _shared_unit
 from .devices import on_device
-from .reference import CHUNK
 
 
-def segment_map(k: Tensor, v: Tensor, beta: Tensor, use_l2: bool) -> Tensor:
-    """[N | M] of every row of [B, T, H, K] keys and [B, T, H, V] values, [B, H, K, V + K] float32."""
+def segment_map(k: Tensor, v: Tensor, beta: Tensor, use_l2: bool) -> tuple[Tensor, Mapped]:
+    """[N | M] of every row of [B, T, H, K] keys and [B, T, H, V] values, [B, H, K, V + K] float32, and what a forward over
+    the same rows need not compute again."""
     with on_device(k):
         plan, x = _Plan(k, v, None, backward=False), [_rows(z) for z in (k, v)]
-        unit = _shared_unit(*x)
-        tau, factors = plan.new(*k.shape[:3], CHUNK), plan.new(3, len(k), k.shape[2], k.shape[1], dtype=torch.float32)
         # Without packed sequences nothing is written to the place of the output.
-        _invert(plan, x[0], unit, beta, tau, factors, v, use_l2)
-        maps, offsets = _maps(plan)
-        _scan(plan, [x[0], x[0], x[1], x[1]], unit, tau, factors, (None, None, None, maps, offsets), store=False)
-        M, N = _by_row(plan, maps), _by_row(plan, offsets)
+        mapped = _map(plan, *x, _shared_unit(*x), beta, v, use_l2, spans=True)
+        M, N = _by_row(plan, mapped.maps), _by_row(plan, mapped.offsets)
         state = torch.cat([N[:, 0], M[:, 0]], -1)
         for i in range(1, plan.spans_per_row):
             state = M[:, i] @ state
             state[..., : plan.V] += N[:, i]
-        return state
+        return state, mapped
 
 
-def entering_gradient(do, q, k, v, beta, tau, factors, scale: float, use_l2: bool) -> Tensor:
-    """The gradient [B, H, K, V] float32 of a state of zero that enters every row; `tau` and `factors` are what the forward
-    saved, or empty."""
+def mapped_forward(q, k, v, beta, scale: float, initial_state, output_final_state: bool, use_l2: bool, mapped: Mapped):
+    """`chunk.chunk_forward` of rows that `segment_map` has mapped."""
     with on_device(q):
-        if not tau.numel():
-            *_, tau, factors = _forward(q, k, v, beta, scale, None, False, use_l2, None)
-        # The spans of a forward: a backward runs its two scans over whole rows unless the card were all but idle.
+        return _forward(q, k, v, beta, scale, initial_state, output_final_state, use_l2, None, mapped)
+
+
+def entering_gradient(do, q, k, v, beta, tau, factors, maps, scale: float, use_l2: bool) -> Tensor:
+    """The gradient [B, H, K, V] float32 of a state of zero that enters every row; `tau`, `factors` and `maps` are what the
+    forward had, or empty."""
+    with on_device(q):
+        if not maps.numel():
+            _, mapped = segment_map(k, v, beta, use_l2)
+            *_, tau, factors = mapped_forward(q, k, v, beta, scale, None, False, use_l2, mapped)
+            maps = mapped.maps
+        # The spans of the forward: a backward runs its two scans over whole rows unless the card were all but idle.
         plan, x = _Plan(q, v, None, backward=False), [_rows(z) for z in (q, k, v, do)]
-        unit = _shared_unit(*x)
-        maps, offsets = _maps(plan)
-        gradients = torch.empty_like(offsets)
-        forward = (None, None, None, maps, offsets) if plan.split else None
-        _scan(plan, x, unit, tau, factors, forward, (None, None, None, gradients), store=False)
+        gradients = _maps(plan)[1]
+        reverse = (None, None, None, gradients)
+        _scan(plan, x, _shared_unit(*x), tau, factors, None, reverse, store=False)
         M, D = _by_row(plan, maps), _by_row(plan, gradients)
         gradient = D[:, -1]
         for i in reversed(range(plan.spans_per_row - 1)):

@@ -113,16 +113,24 @@ def context_parallel_delta_rule(
 class _ContextParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, beta, scale, output_final_state, use_l2, segment):
-        with torch.autocast(q.device.type, enabled=False):
-            maps = all_gather(_segment_map(k, v, beta, use_l2, segment), segment.group)
-            N, M = maps.split([v.shape[3], k.shape[3]], -1)
+        with _own_precision(q):
+            own, mapped = _segment_map(k, v, beta, use_l2, segment)
+            N, M = all_gather(own, segment.group).split([v.shape[3], k.shape[3]], -1)
             S = torch.zeros_like(N[0])
             for r in range(segment.rank):
                 S = N[r] + M[r] @ S
         initial = S if segment.packing is None else _placed(S, segment.packing.first, segment)
-        op = getattr(torch.ops, NAMESPACE).chunk_delta_rule
-        o, final_state, *saved = op(q, k, v, beta, scale, initial, output_final_state, use_l2, segment.cu_seqlens)
-        ctx.save_for_backward(q, k, v, beta, S, M[segment.rank + 1 :].clone(), *saved)
+        arguments = (q, k, v, beta, scale, initial, output_final_state, use_l2)
+        if mapped is None:
+            op = getattr(torch.ops, NAMESPACE).chunk_delta_rule
+            o, final_state, *saved = op(*arguments, segment.cu_seqlens)
+            maps = S.new_empty(0)
+        else:
+            from .chunk_segments import mapped_forward
+
+            o, final_state, *saved = mapped_forward(*arguments, mapped)
+            maps = mapped.maps
+        ctx.save_for_backward(q, k, v, beta, S, M[segment.rank + 1 :].clone(), maps, *saved)
         ctx.scale, ctx.use_l2, ctx.segment = scale, use_l2, segment
         if not output_final_state:
             return o, None
@@ -133,11 +141,11 @@ class _ContextParallel(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, _):
-        q, k, v, beta, S, M, *saved = ctx.saved_tensors
+        q, k, v, beta, S, M, maps, *saved = ctx.saved_tensors
         segment = ctx.segment
-        D = all_gather(_entering_gradient(do, q, k, v, beta, saved, ctx.scale, ctx.use_l2, segment), segment.group)
-        with torch.autocast(q.device.type, enabled=False):
-            dS = torch.zeros_like(S)
+        with _own_precision(q):
+            own = _entering_gradient(do, q, k, v, beta, saved, maps, ctx.scale, ctx.use_l2, segment)
+            D, dS = all_gather(own, segment.group), torch.zeros_like(S)
             for r in reversed(range(segment.rank + 1, segment.size)):
                 dS = D[r] + M[r - segment.rank - 1].mT @ dS
         if segment.packing is not None:
@@ -147,29 +155,34 @@ class _ContextParallel(torch.autograd.Function):
         return *gradients[:4], None, None, None, None
 
 
-def _segment_map(k: Tensor, v: Tensor, beta: Tensor, use_l2: bool, segment: Segment) -> Tensor:
-    """[N | M] of this process's segment, [B, H, K, V + K]; the last segment has none that anybody needs."""
-    (B, _, H, K), V = k.shape, v.shape[3]
-    dtype = compute_dtype(k.dtype)
-    if segment.rank == segment.size - 1:
-        return k.new_zeros((B, H, K, V + K), dtype=dtype)
-    if segment.packing is not None:
+def _own_precision(q: Tensor):
+    """Autocast would round the maps."""
+    return torch.autocast(q.device.type, enabled=False)
+
+
+def _segment_map(k: Tensor, v: Tensor, beta: Tensor, use_l2: bool, segment: Segment):
+    """[N | M] of this process's segment, [B, H, K, V + K], and what the fused forward over it need not compute again, if
+    anything."""
+    packing, (B, _, H, K), V = segment.packing, k.shape, v.shape[3]
+    if packing is not None:
         # With a beta of zero a token is as if it were not there.
-        beta = beta.masked_fill(~segment.packing.closing[:, None], 0)
+        beta = beta.masked_fill(~packing.closing[:, None], 0)
     if implementation(k).name == "triton":
         from .chunk_segments import segment_map
 
-        state = segment_map(k, v, beta, use_l2)
+        state, mapped = segment_map(k, v, beta, use_l2)
     else:
-        identity = torch.eye(K, dtype=dtype, device=k.device).expand(B, H, K, K)
+        identity = torch.eye(K, dtype=compute_dtype(k.dtype), device=k.device).expand(B, H, K, K)
         op = getattr(torch.ops, NAMESPACE).chunk_delta_rule
         _, state, *_ = op(k, k, F.pad(v, (0, K)), beta, 1.0, F.pad(identity, (V, 0)), True, use_l2, None)
-    if segment.packing is not None:
-        state[..., V:].mul_(segment.packing.passes)
-    return state
+        mapped = None
+    if packing is None:
+        return state, mapped
+    state[..., V:].mul_(packing.passes)
+    return state, None
 
 
-def _entering_gradient(do, q, k, v, beta, saved, scale, use_l2, segment: Segment) -> Tensor:
+def _entering_gradient(do, q, k, v, beta, saved, maps, scale, use_l2, segment: Segment) -> Tensor:
     """D, the gradient of the state that enters this process's segment, as far as its own outputs are concerned."""
     zero = q.new_zeros((len(q), *q.shape[2:], v.shape[3]), dtype=compute_dtype(q.dtype))
     if segment.rank == 0:
@@ -181,7 +194,7 @@ def _entering_gradient(do, q, k, v, beta, saved, scale, use_l2, segment: Segment
     if implementation(q).name == "triton":
         from .chunk_segments import entering_gradient
 
-        return entering_gradient(do, q, k, v, beta, *saved, scale, use_l2)
+        return entering_gradient(do, q, k, v, beta, *saved, maps, scale, use_l2)
     op = getattr(torch.ops, NAMESPACE).chunk_delta_rule_backward
     return op(do, None, q, k, v, beta, *saved, scale, zero, use_l2, None)[4]
 

@@ -26,7 +26,7 @@ def exact(q, k, v, beta, h0=None, cu_seqlens=None):
 
 def maps(device, dtype, B, T, H, K, V):
     """(N, M and D of the kernels, those of float64)."""
-    from deltanet.kernels.chunk_segments import entering_gradient, segment_map
+    from deltanet.kernels.chunk_segments import entering_gradient, mapped_forward, segment_map
 
     q, k, v, beta, do = inputs(device, dtype, B, T, H, K, V)
     nothing = torch.zeros(B, H, K, V, dtype=torch.float64, device=device)
@@ -36,10 +36,11 @@ def maps(device, dtype, B, T, H, K, V):
     S = nothing.clone().requires_grad_()
     D = torch.autograd.grad(exact(q, k, v, beta, S)[0], S, do.double())[0]
 
-    state = segment_map(k, v, beta, True)
-    _, _, *saved = torch.ops.deltanet.chunk_delta_rule(q, k, v, beta, K**-0.5, None, False, True, None)
-    empty = [x.new_empty(0) for x in saved]
-    found = [entering_gradient(do, q, k, v, beta, *x, K**-0.5, True) for x in (saved, empty)]
+    state, mapped = segment_map(k, v, beta, True)
+    o, _, *saved = mapped_forward(q, k, v, beta, K**-0.5, None, False, True, mapped)
+    assert torch.equal(o, chunk_delta_rule(q, k, v, beta, use_qk_l2norm_in_kernel=True)[0])
+    empty = [x.new_empty(0) for x in (*saved, mapped.maps)]
+    found = [entering_gradient(do, q, k, v, beta, *x, K**-0.5, True) for x in ([*saved, mapped.maps], empty)]
     return [state[..., :V], state[..., V:], *found], [N, M, D, D]
 
 
@@ -57,9 +58,9 @@ def halves(patch, device, dtype, bounds, B, T, H, K, V):
         patch.setattr(context_parallel.dist, "get_world_size", lambda group: 2)
         places.append(context_parallel.segment(None, T // 2, cu_seqlens))
     parts = [[x[:, i * T // 2 : (i + 1) * T // 2] for x in (*whole, do)] for i in range(2)]
-    S = _segment_map(*parts[0][1:4], True, places[0])[..., :V].contiguous()
-    unsaved = [torch.empty(0, device=device)] * 2
-    dS = _entering_gradient(parts[1][4], *parts[1][:4], unsaved, K**-0.5, True, places[1])
+    S = _segment_map(*parts[0][1:4], True, places[0])[0][..., :V].contiguous()
+    unsaved = torch.empty(0, device=device)
+    dS = _entering_gradient(parts[1][4], *parts[1][:4], [unsaved] * 2, unsaved, K**-0.5, True, places[1])
     first = _half(parts[0], places[0], torch.zeros_like(S), dS)
     second = _half(parts[1], places[1], S, torch.zeros_like(dS))
     return [torch.cat(pair, 1) for pair in zip(first, second)], expected
