@@ -6,6 +6,9 @@ applying those before it in turn gives the state from which its segment is compu
 image: the gradient dS of the state that leaves a segment becomes Mᵀ dS + D, where D is what the segment's own outputs
 give; one all-gather of D, and M is known from the forward. Nothing is approximated.
 
+The fused kernels map the spans of a segment once, for the exchange and for the outputs (README.md, "Long sequences of few
+heads"); other implementations run the rule once more, on values [V | 0] and the state [0 | I].
+
 A process receives, for every row of the batch and whatever the length, (R - 1) H K (K + V) numbers in the forward and
 (R - 1) H K V in the backward, R being the number of processes; float32, or float64 for float64 inputs.
 
