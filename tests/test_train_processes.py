@@ -57,8 +57,9 @@ def weights(output):
 
 
 def assert_close(output, expected):
+    """Up to what ten steps make of another order of roundings; other data or another scale differ in the first digit."""
     for a, b in zip(numbers(output), numbers(expected), strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
+        assert a == pytest.approx(b, rel=2e-3)
 
 
 @pytest.mark.parametrize("step", STEPS)
