@@ -1,5 +1,6 @@
 """The recurrent state of DeltaNet as one layer of Transformers' caches."""
 
+import inspect
 from contextlib import nullcontext
 from functools import wraps
 
@@ -24,6 +25,11 @@ def accept_cache_name(forward):
             kwargs["past_key_values"] = kwargs.pop("cache")
         return forward(self, *args, **kwargs)
 
+    # Pipeline parallelism in Transformers takes arguments apart by the signature, and knows its own release's name.
+    signature = inspect.signature(forward)
+    names = {"past_key_values": CACHE_NAME}
+    parameters = [x.replace(name=names.get(x.name, x.name)) for x in signature.parameters.values()]
+    wrapper.__signature__ = signature.replace(parameters=parameters)
     return wrapper
 
 

@@ -84,15 +84,16 @@ class DeltaNetConfig(PreTrainedConfig):
         "rms_norm_eps": "norm_eps",
         "conv_kernel_size": "conv_size",
     }
+    # By heads. "grouped_gemm" is what every supported release calls a parameter split along its first dimension.
     base_model_tp_plan = {
         "layers.*.attn.q_proj": "colwise",
         "layers.*.attn.k_proj": "colwise",
         "layers.*.attn.v_proj": "colwise",
         "layers.*.attn.b_proj": "colwise",
         "layers.*.attn.g_proj": "colwise",
-        "layers.*.attn.q_conv1d.weight": "embedding_rowwise",
-        "layers.*.attn.k_conv1d.weight": "embedding_rowwise",
-        "layers.*.attn.v_conv1d.weight": "embedding_rowwise",
+        "layers.*.attn.q_conv1d.weight": "grouped_gemm",
+        "layers.*.attn.k_conv1d.weight": "grouped_gemm",
+        "layers.*.attn.v_conv1d.weight": "grouped_gemm",
         "layers.*.attn.o_norm": "replicated_with_grad_allreduce",
         "layers.*.attn.o_proj": "rowwise",
         "layers.*.mlp.gate_proj": "colwise",
@@ -188,6 +189,16 @@ class DeltaNetConfig(PreTrainedConfig):
     def sliding_window(self) -> int | None:
         """Window of the sliding-attention layers, or `None` where there are none."""
         return next((spec["window_size"] for spec in self._attention_list() if spec["window_size"]), None)
+
+    def check_tensor_parallel(self, size: int):
+        """Raise `ValueError` unless the heads of every layer can be divided among `size` processes."""
+        heads = {self.num_heads}
+        for spec in self._attention_list():
+            heads |= {spec["num_heads"], spec["num_kv_heads"] or spec["num_heads"]}
+        undivided = sorted(count for count in heads if count % size)
+        if undivided:
+            allowed = f"divisors of the numbers of heads, {', '.join(map(str, sorted(heads)))}"
+            raise ValueError(f"`tp_size` is {size}; allowed: {allowed}.")
 
     def _attention_list(self) -> list[dict]:
         attn = [self.attn] if isinstance(self.attn, dict) else self.attn or []

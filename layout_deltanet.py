@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from transformers.cache_utils import Cache
 
+from .kernels.context_parallel import Segment
 from .kernels.short_conv import padding_order
 
 
@@ -15,6 +16,7 @@ class TokenLayout(NamedTuple):
     real: torch.Tensor | None = None  # [B, T] bool, False at padding and behind the last packed sequence
     order: tuple | None = None  # what `short_convolution` needs to step over padding
     cu_seqlens: torch.Tensor | None = None  # [N + 1] boundaries of packed sequences, B = 1
+    segment: Segment | None = None  # where the tokens lie in sequences that several processes share
 
 
 def values_are_readable(tensor: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from .cache_deltanet import delta_cache_layer, prefetch_next_layer
 from .configuration_deltanet import DeltaNetConfig
+from .kernels.context_parallel import context_parallel_delta_rule, neighbouring_inputs
 from .kernels.decode_step import decode_step
 from .kernels.delta_rule import chunk_delta_rule, delta_rule_step, recurrent_delta_rule
 from .kernels.prologue import delta_rule_prologue
@@ -109,6 +110,10 @@ class DeltaNetMixer(nn.Module):
         if is_step:
             o = delta_rule_step(q[:, 0], k[:, 0], v[:, 0], beta[:, 0], state, use_qk_l2norm_in_kernel=use_l2)[:, None]
             cache.advance(1)
+        elif layout.segment is not None:
+            o, final_state = context_parallel_delta_rule(q, k, v, beta, layout.segment, None, cache is not None, use_l2)
+            if cache is not None:
+                cache.write(conv_states, final_state, hidden_states.shape[1] * layout.segment.size)
         else:
             state = None if state is None else state.to(beta.dtype)
             o, final_state = self.delta_rule(
@@ -166,6 +171,10 @@ class DeltaNetMixer(nn.Module):
         elif is_step:
             streams = self._with_kernels(lambda weights: self._step(streams, weights, conv_states))
         else:
+            last_states = None
+            if layout.segment is not None:
+                streams, conv_states, last_states = self._continued(streams, layout)
+                output_state = False
             *streams, beta, new_states = self._with_kernels(
                 lambda weights: delta_rule_prologue(
                     *streams,
@@ -179,6 +188,7 @@ class DeltaNetMixer(nn.Module):
                     padding_order=layout.order,
                 )
             )
+            new_states = last_states or new_states
         q, k = (self._feature_map(x.unflatten(-1, (-1, self.head_k_dim)), layout) for x in streams[:2])
         v = streams[2].unflatten(-1, (-1, self.head_v_dim))
         return q, k, v, self._writing_strength(b, beta, v, layout), new_states
@@ -191,6 +201,15 @@ class DeltaNetMixer(nn.Module):
         """One token; `conv_states` are updated in place."""
         rows = zip(streams, weights, self.activations, conv_states)
         return [short_convolution_step(x[:, 0], w, None, activation, state)[:, None] for x, w, activation, state in rows]
+
+    def _continued(self, streams: list[torch.Tensor], layout: TokenLayout):
+        """Inputs of the convolutions, zero at padding; their states, which the process before hands on; and their states
+        behind the last token of all processes. One exchange for the three."""
+        if layout.real is not None:
+            streams = [x.masked_fill(~layout.real[..., None], 0) for x in streams]
+        width, sizes = self.q_conv1d.kernel_size[0], [x.shape[-1] for x in streams]
+        edges = torch.cat([x[:, max(0, x.shape[1] - width) :] for x in streams], -1)
+        return streams, *(x.split(sizes, 1) for x in neighbouring_inputs(edges, width, layout.segment))
 
     def _feature_map(self, x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         """Activations other than SiLU, and the normalisation by the sum; the L2 norm is the operation's own."""

@@ -36,6 +36,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_deltanet import DeltaNetAttention, attention_masks, rotary_embedding
 from .cache_deltanet import CACHE_NAME, accept_cache_name
 from .configuration_deltanet import CONVERSION_COMMAND, DELTA_LAYER_TYPE, DeltaNetConfig
+from .context_parallel_deltanet import ContextParallelMixin, labels_a_process, segment_layout, shifted_labels
 from .decoding_deltanet import DeltaNetGenerationMixin, replays_decode_steps
 from .fused_deltanet import linear_cross_entropy, swiglu_linear
 from .graphs_deltanet import DecodeGraphs
@@ -123,6 +124,7 @@ class DeltaNetPreTrainedModel(WarmupMixin, PreTrainedModel):
             _refuse_layouts_of_2024(*super().from_pretrained(*arguments, **kwargs, output_loading_info=True))
             raise
         _refuse_layouts_of_2024(model, info)
+        model.config.check_tensor_parallel(model._tp_size or 1)
         return (model, info) if output_loading_info else model
 
 
@@ -145,7 +147,7 @@ def _accept_name_on_disk(module: nn.Module, state_dict: dict, prefix: str, *_):
         state_dict[f"{prefix}embed_tokens.weight"] = state_dict.pop(saved)
 
 
-class DeltaNetModel(DeltaNetPreTrainedModel):
+class DeltaNetModel(ContextParallelMixin, DeltaNetPreTrainedModel):
     """The stack of blocks, from token ids or embeddings to normalised hidden states."""
 
     def __init__(self, config: DeltaNetConfig):
@@ -187,14 +189,18 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         masks_are_ready = isinstance(attention_mask, dict)
         if attention_mask is not None and not masks_are_ready:
             check_mask(attention_mask, *shape, past_key_values)
-        cu_seqlens = find_boundaries(
-            shape, position_ids, kwargs.get("cu_seq_lens_q"), kwargs.pop("seq_idx", None), attention_mask, past_key_values
-        )
-        if past_key_values is None and cu_seqlens is None and self._wants_cache(use_cache):
-            past_key_values = DynamicCache(config=self.config)
-        self._check_checkpointing(past_key_values)
+        boundaries = (position_ids, kwargs.get("cu_seq_lens_q"), kwargs.pop("seq_idx", None), attention_mask)
+        if self.context_group is not None:
+            cache = (past_key_values, use_cache)
+            layout, restarts = segment_layout(self.context_group, inputs_embeds, *boundaries, *cache), None
+            past_key_values = DynamicCache(config=self.config) if use_cache else None
+        else:
+            cu_seqlens = find_boundaries(shape, *boundaries, past_key_values)
+            if past_key_values is None and cu_seqlens is None and self._wants_cache(use_cache):
+                past_key_values = DynamicCache(config=self.config)
+            self._check_checkpointing(past_key_values)
+            layout, restarts = self._layout(cu_seqlens, attention_mask, shape[1])
 
-        layout, restarts = self._layout(cu_seqlens, attention_mask, shape[1])
         masks, position_embeddings = {}, None
         if self.config.attention_specs:
             if position_ids is None:
@@ -269,11 +275,12 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         return (torch.arange(length, device=inputs_embeds.device) + seen)[None]
 
     def _rotary_embeddings(self, position_ids, dtype):
-        ropes = {block.attn.rope for block in self.layers if not block.is_delta}
+        # Pipeline parallelism puts modules of its own in the place of blocks that run elsewhere.
+        ropes = {block.attn.rope for block in self.layers if not getattr(block, "is_delta", True)}
         return {rope: rotary_embedding(position_ids, *rope, dtype) for rope in ropes}
 
 
-class DeltaNetForCausalLM(DeltaNetPreTrainedModel, DeltaNetGenerationMixin):
+class DeltaNetForCausalLM(ContextParallelMixin, DeltaNetPreTrainedModel, DeltaNetGenerationMixin):
     """DeltaNet with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -331,8 +338,11 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, DeltaNetGenerationMixin):
         else:
             logits = self.lm_head(hidden_states)
         if labels is not None:
-            shifted = kwargs.pop("shift_labels", None)
-            shifted = F.pad(labels, (0, 1), value=-100)[:, 1:] if shifted is None else shifted
+            group, shifted = self.context_group, kwargs.pop("shift_labels", None)
+            if shifted is None:
+                shifted = F.pad(labels, (0, 1), value=-100)[:, 1:] if group is None else shifted_labels(labels, group)
+            if group is not None and kwargs.get("num_items_in_batch") is None:
+                kwargs["num_items_in_batch"] = labels_a_process(shifted[:, kept], group)
             loss = loss_function(
                 logits=logits,
                 labels=labels,

@@ -170,13 +170,36 @@ def chunk_forward(q, k, v, beta, scale, initial_state, output_final_state, use_l
         return _forward(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens, keep_states)
 
 
-def _forward(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens, keep_states):
+class Mapped(NamedTuple):
+    """What a forward computes of keys, values and beta alone, whatever the queries and the initial state."""
+
+    tau: Tensor
+    factors: Tensor
+    maps: Optional[Tensor]
+    offsets: Optional[Tensor]
+
+
+def _map(plan: _Plan, beta: Tensor, o: Tensor, use_l2: bool, spans: bool) -> Mapped:
+    """`o` is where packed sequences want zeros behind the last one; `spans` asks for maps and offsets."""
+    tau = plan.new(plan.batch, plan.T, plan.H, CHUNK)
+    factors = plan.new(3, plan.batch, plan.H, plan.T, dtype=torch.float32)
+    _invert(plan, beta, tau, factors, o, use_l2)
+    if not spans:
+        return Mapped(tau, factors, None, None)
+    maps, offsets = _maps(plan)
+    _scan(plan, tau, factors, forward=(None, None, None, maps, offsets), store=False)
+    return Mapped(tau, factors, maps, offsets)
+
+
+def _forward(
+    q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens, keep_states,
+    mapped: Optional[Mapped] = None,
+):  # fmt: skip
     plan = _Plan((q, k, v), cu_seqlens, backward=False)
     initial_state = None if initial_state is None else initial_state.contiguous()
-    tau, factors = plan.new(*q.shape[:3], CHUNK), plan.new(3, q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     o = plan.new(*v.shape)
-    _invert(plan, beta, tau, factors, o, use_l2)
-    starts = _span_starts(plan, tau, factors, initial_state) if plan.split else initial_state
+    tau, factors, maps, offsets = mapped or _map(plan, beta, o, use_l2, plan.split)
+    starts = _join(plan, maps, offsets, initial_state, reverse=False) if plan.split else initial_state
     final_state = plan.states(initial_state) if output_final_state else None
     kept = (plan.new(plan.chunks, plan.H, plan.K, plan.V), plan.new(*v.shape)) if keep_states else (None, None)
     _outputs(plan, tau, factors, o, starts, final_state, kept, scale, use_l2)
@@ -245,12 +268,6 @@ def _join(plan: _Plan, maps: Tensor, offsets: Tensor, initial: Optional[Tensor],
     constants["PRECISION"] = plan.precision
     enqueue(join_kernel, programs, arguments, constants, dict(num_warps=4, num_stages=1))
     return result
-
-
-def _span_starts(plan: _Plan, tau: Tensor, factors: Tensor, initial_state: Optional[Tensor]) -> Tensor:
-    maps, offsets = _maps(plan)
-    _scan(plan, tau, factors, forward=(None, None, None, maps, offsets), store=False)
-    return _join(plan, maps, offsets, initial_state, reverse=False)
 
 
 def chunk_backward(

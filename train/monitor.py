@@ -103,6 +103,7 @@ class _Guard(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         values = torch.stack([norm, *(loss.to(norm) for loss, _ in self.seen)])
         if not values.isfinite().all():
             self._stop(state.global_step + 1, values.tolist(), Path(args.output_dir))

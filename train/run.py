@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch.utils.data import Dataset
 from transformers import (
     AutoTokenizer,
@@ -19,8 +20,8 @@ from .. import DeltaNetForCausalLM
 from .checkpointing import KEEP_MIXING
 from .finished import finished_directory, last_checkpoint, require_space
 from .heldout import HeldOut, heldout_documents
-from .monitor import GuardedTrainer
 from .optimizers import MuonFactory
+from .portable import PortableTrainer
 from .prepare import prepare_shipped
 from .recipe import FREE_TO_CHANGE, SHIPPED, Recipe, load_recipe
 from .shards import PackedDocuments, ShardBlocks, TokenShards, collate_packs, tokenizer_checksum
@@ -58,12 +59,13 @@ def train(recipe: Recipe) -> Path:
         OSError: the disk has no room for the checkpoints.
         NotFinite: a loss or a gradient is NaN or infinite.
     """
-    output = Path(recipe.output)
+    output, processes = Path(recipe.output), PartialState(cpu=not torch.accelerator.is_available())
     begun = _check_output(output, recipe)
     if (output / MODEL).exists():
-        print(f"{output / MODEL} is finished; another --output trains another.")
+        processes.print(f"{output / MODEL} is finished; another --output trains another.")
         return output / MODEL
-    shards = _open_data(recipe, begun)
+    with processes.main_process_first():
+        shards = _open_data(recipe, begun, verify=recipe.verify_data and processes.is_main_process)
     recipe = dataclasses.replace(recipe, data_checksum=shards.checksum)
     items = (PackedDocuments if recipe.packing else ShardBlocks)(shards, recipe.block_length)
     dataset = WholeSteps(items, recipe.blocks_per_step)
@@ -72,15 +74,19 @@ def train(recipe: Recipe) -> Path:
     if checkpoint is None:
         size = BYTES_PER_PARAMETER * model.num_parameters()
         require_space(output, size * (recipe.keep_checkpoints + 2))
-    trainer = _trainer(recipe, model, dataset, shards.tokenizer)
-    output.mkdir(parents=True, exist_ok=True)
-    recipe.write(output / RECIPE_FILE)
-    _describe(recipe, model, dataset, checkpoint)
+    trainer = _trainer(recipe, model, dataset, shards.tokenizer, processes.num_processes)
+    if processes.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        recipe.write(output / RECIPE_FILE)
+        _describe(recipe, model, dataset, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    with finished_directory(output / MODEL) as folder:
-        model.save_pretrained(folder)
-        shards.tokenizer.save_pretrained(folder)
-        recipe.write(folder / RECIPE_FILE)
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if processes.is_main_process:
+        with finished_directory(output / MODEL) as folder:
+            model.save_pretrained(folder, state_dict=weights)
+            shards.tokenizer.save_pretrained(folder)
+            recipe.write(folder / RECIPE_FILE)
+    processes.wait_for_everyone()
     return output / MODEL
 
 
@@ -103,12 +109,12 @@ def _check_output(output: Path, recipe: Recipe) -> Recipe | None:
     return begun
 
 
-def _open_data(recipe: Recipe, begun: Recipe | None) -> TokenShards:
+def _open_data(recipe: Recipe, begun: Recipe | None, verify: bool) -> TokenShards:
     path = Path(recipe.data)
     if recipe.data == SHIPPED:
         path = Path(recipe.output) / "data"
         prepare_shipped(path, recipe.config().vocab_size)
-    shards = TokenShards(path, recipe.verify_data)
+    shards = TokenShards(path, verify)
     expected = recipe.data_checksum or (begun and begun.data_checksum)
     if expected not in (None, shards.checksum):
         raise ValueError(f"`data` {path} has an index of checksum {shards.checksum}; allowed: {expected}, as the run began.")
@@ -135,14 +141,30 @@ def _pretrained_model(name: str, tokenizer: PreTrainedTokenizerBase) -> DeltaNet
     return DeltaNetForCausalLM.from_pretrained(name, dtype=torch.float32)
 
 
+def _accumulation(recipe: Recipe, processes: int) -> int:
+    """Forwards a process before a step, so that the batch, and the order of the data, are the recipe's on any number."""
+    forwards, rest = divmod(recipe.accumulation, processes)
+    if rest:
+        forward = f"`device_batch` x `block_length` = {recipe.device_batch} x {recipe.block_length}"
+        raise ValueError(
+            f"A step of `batch_tokens` = {recipe.batch_tokens} is {recipe.accumulation} forwards of {forward} tokens; "
+            f"allowed: a multiple of {processes}, the number of processes."
+        )
+    return forwards
+
+
 def _trainer(
-    recipe: Recipe, model: DeltaNetForCausalLM, dataset: Dataset, tokenizer: PreTrainedTokenizerBase
-) -> GuardedTrainer:
+    recipe: Recipe,
+    model: DeltaNetForCausalLM,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    processes: int,
+) -> PortableTrainer:
     arguments = TrainingArguments(
         output_dir=recipe.output,
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.device_batch,
-        gradient_accumulation_steps=recipe.accumulation,
+        gradient_accumulation_steps=_accumulation(recipe, processes),
         learning_rate=recipe.learning_rate,
         **_schedule(recipe),
         warmup_steps=recipe.warmup_steps,
@@ -164,14 +186,17 @@ def _trainer(
         remove_unused_columns=False,
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
     )
-    if arguments.world_size * max(1, arguments.n_gpu) > 1:
-        devices = f"{arguments.world_size} processes with {arguments.n_gpu} GPUs each"
-        raise ValueError(f"The run has {devices}; allowed: one process and one device (CUDA_VISIBLE_DEVICES=0).")
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"The process sees {arguments.n_gpu} GPUs; allowed: one a process. For all of them, `accelerate launch "
+            "--num_processes N -m deltanet.train`; for one, CUDA_VISIBLE_DEVICES=0."
+        )
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(KEEP_MIXING)
     collate = _numbered(collate_packs if recipe.packing else default_data_collator)
-    trainer = GuardedTrainer(
+    trainer = PortableTrainer(
         model, arguments, train_dataset=dataset, data_collator=collate, optimizer_cls_and_kwargs=_optimizer(recipe)
     )
     trainer.remove_callback(PrinterCallback)
