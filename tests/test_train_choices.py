@@ -137,7 +137,7 @@ def test_refused_values(flags, message):
 
 
 def test_refused_before_training(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(run.GuardedTrainer, "train", lambda *a, **k: pytest.fail("training began"))
+    monkeypatch.setattr(run.PortableTrainer, "train", lambda *a, **k: pytest.fail("training began"))
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match="`heldout` is .*empty.txt, which has no text"):
         run.train(dataclasses.replace(recipe, heldout=str(tmp_path / "empty.txt")))
