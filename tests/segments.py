@@ -37,10 +37,10 @@ def maps(device, dtype, B, T, H, K, V):
     D = torch.autograd.grad(exact(q, k, v, beta, S)[0], S, do.double())[0]
 
     state, mapped = segment_map(k, v, beta, True)
-    o, _, *saved = mapped_forward(q, k, v, beta, K**-0.5, None, False, True, mapped)
+    o, _, tau, factors, *_ = mapped_forward(q, k, v, beta, K**-0.5, None, False, True, mapped)
     assert torch.equal(o, chunk_delta_rule(q, k, v, beta, use_qk_l2norm_in_kernel=True)[0])
-    empty = [x.new_empty(0) for x in (*saved, mapped.maps)]
-    found = [entering_gradient(do, q, k, v, beta, *x, K**-0.5, True) for x in ([*saved, mapped.maps], empty)]
+    saved = (tau, factors, mapped.maps)
+    found = [entering_gradient(do, q, k, v, beta, *x, K**-0.5, True) for x in (saved, [x.new_empty(0) for x in saved])]
     return [state[..., :V], state[..., V:], *found], [N, M, D, D]
 
 

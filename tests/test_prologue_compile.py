@@ -8,7 +8,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
-from compiling import PROCESSORS, recording, resources, specialisations
+from compiling import PROCESSORS, compile_launch, recording, resources, specialisations
 
 from deltanet.kernels import prologue_launch
 
@@ -42,7 +42,7 @@ def test_resources(monkeypatch, tmp_path, dtype, kind):
     assert {x.kernel.__name__ for x in found} == {*bounds, *(["span_table_kernel"] if kind == "packed" else [])}
     for launch in found:
         if launch.kernel.__name__ in bounds:
-            used = resources(launch)
+            used = resources(compile_launch(launch))
             assert used.stack == 0 and used.registers <= bounds[launch.kernel.__name__], f"{launch.kernel.__name__}: {used}"
 
 
