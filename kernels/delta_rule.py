@@ -216,6 +216,11 @@ def _recurrence(q: Tensor) -> Implementation:
     return _choose(q, recurrent=True)
 
 
+def fused_kernels_missing(device: torch.device, dtype: torch.dtype, K: int) -> str:
+    """Why the fused kernels cannot run for queries of `dtype` and head size K on `device`; empty where they can."""
+    return _triton_implementations()[1] or fused_kernels_refuse(device, dtype, K)
+
+
 def _own_precision(q: Tensor):
     """Autocast reaches into operators; the arithmetic here keeps the precision that it chose."""
     return torch.autocast(q.device.type, enabled=False)
