@@ -15,8 +15,8 @@ run: .venv/ready
 test: .venv-test/ready
 	.venv-test/bin/python -m pytest tests
 
-FLOOR_TESTS := bad_input cache configuration generation interoperability layout modeling_features modeling_options \
-    publish publish_contents publish_convert publish_flatten
+FLOOR_TESTS := bad_input cache configuration context_parallel decoding generation interoperability layout mixer_step \
+    modeling_features modeling_options parallel publish publish_contents publish_convert publish_flatten serving
 
 test-floor: .venv-floor/ready
 	.venv-floor/bin/python -m pytest $(FLOOR_TESTS:%=tests/test_%.py)

@@ -43,9 +43,7 @@ class RecordedOnCuda:
                     # Not in the memory of the recordings, which the next one to be replayed may overwrite.
                     self.result.copy_(function())
             except RuntimeError:
-                # The generator of random numbers still thinks that it is recorded; a recording that succeeds ends that.
-                with torch.cuda.graph(torch.cuda.CUDAGraph(), **options):
-                    torch.zeros(1, device=device)
+                _end_recording(current)
                 raise
 
     def replay(self) -> torch.Tensor:
@@ -70,6 +68,14 @@ def _place_to_record(current: "torch.cuda.Stream") -> tuple["torch.cuda.Stream",
             torch.zeros(1, device=current.device)
         _places[key] = stream, keeper
     return _places[key]
+
+
+def _end_recording(current: "torch.cuda.Stream") -> None:
+    """After a recording that failed: its memory still waits for more of it, and so does the generator of random numbers,
+    which one that succeeds, elsewhere, sets free."""
+    _places.pop((current.device, current.cuda_stream), None)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(current.device)):
+        torch.zeros(1, device=current.device)
 
 
 RECORDERS = {"cuda": RecordedOnCuda}

@@ -7,7 +7,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 # `kernels` has no __init__.py: a package of that name on the path would hide Hugging Face's own `kernels`.
-FOLDERS = ("kernels", "eval", "eval.synthetic", "train", "publish", "serving", "benchmarks")
+FOLDERS = ("kernels", "eval", "eval.synthetic", "train", "train.examples", "publish", "serving", "benchmarks")
 PACKAGES = ["deltanet", *(f"deltanet.{folder}" for folder in FOLDERS)]
 
 EVAL = ["lm-eval[hf,ruler]>=0.4.13", "accelerate>=1.10", "matplotlib>=3.8", "psutil>=5.9", "tqdm>=4.66"]
@@ -26,7 +26,7 @@ setup(
     package_dir={"deltanet": "."},
     packages=PACKAGES,
     package_data={
-        "deltanet.train": ["data/*", "recipes/*"],
+        "deltanet.train": ["accelerate/*", "data/*", "recipes/*"],
         "deltanet.eval": ["README.md", "tasks/*"],
         "deltanet.benchmarks": ["results/*"],
         "deltanet.kernels": ["README.md"],

