@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_decode_step, check_step_values
-from .delta_rule import NAMESPACE, registered
+from .delta_rule import NAMESPACE
 from .devices import forced_backend, fused_kernels_refuse, triton_refuses
+from .operators import registered
 from .reference import compute_dtype, step_forward, write_rows
 from .short_conv import short_convolution_step
 
@@ -185,14 +186,14 @@ def _run(
 def _define():
     """Register the operator. `torch.library.custom_op` would add 90 us on the host to each call, for gradients and version
     counters that a step has no use for."""
-    if registered("decode_step"):
-        return registered("decode_step")
+    if registered(NAMESPACE, "decode_step"):
+        return registered(NAMESPACE, "decode_step")
     name = f"{NAMESPACE}::decode_step"
     schema = torch.library.infer_schema(_run, mutates_args=("q_past", "k_past", "v_past", "state"))
     torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(name, "default", _run)
     torch.library.register_fake(name, lambda q, k, v, *_: v.new_empty(v.shape))
-    return registered("decode_step")
+    return registered(NAMESPACE, "decode_step")
 
 
 _op = _define()

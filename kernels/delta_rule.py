@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .checks import check_inputs, check_step, check_step_values, check_values
 from .devices import forced_backend, fused_kernels_refuse, triton_refuses
+from .operators import refuse, register, registered, save_nothing
 from .reference import CHUNK, chunk_backward, chunk_forward, compute_dtype, recurrent_forward, step_forward
 
 NAMESPACE = "deltanet"
@@ -226,18 +227,6 @@ def _own_precision(q: Tensor):
     return torch.autocast(q.device.type, enabled=False)
 
 
-def registered(name: str):
-    """The operator, when this file is already loaded under another module name, else None.
-
-    pytest loads a package's root twice, and two Hub repositories may hold the same copy. To register again would free
-    the operators that the first copy still calls.
-    """
-    namespace = getattr(torch.ops, NAMESPACE)
-    return getattr(namespace, name).default if hasattr(namespace, name) else None
-
-
-# Defined here by schema and not by `torch.library.custom_op`, whose dispatch costs twice as much of the host's time.
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _FORWARD = (
     "(Tensor q, Tensor k, Tensor v, Tensor beta, float scale, Tensor? initial_state, bool output_final_state, "
     "bool use_l2, Tensor? cu_seqlens, bool keep_states) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -251,8 +240,8 @@ _BACKWARD = (
 
 def _define(name: str, choose: Callable[[Tensor], Implementation]):
     """Register the operator `name` and its gradient, each running what `choose` picks for q."""
-    if registered(name):
-        return registered(name)
+    if registered(NAMESPACE, name):
+        return registered(NAMESPACE, name)
 
     def forward(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens, keep_states):
         check_values(q, beta, cu_seqlens)
@@ -283,8 +272,11 @@ def _define(name: str, choose: Callable[[Tensor], Implementation]):
         dh0 = q.new_empty(0 if initial_state is None else initial_state.shape, dtype=compute_dtype(q.dtype))
         return *(x.new_empty(x.shape) for x in (q, k, v, beta)), dh0
 
-    gradient = _register(f"{name}_backward", _BACKWARD, backward, fake_backward, lambda op: _refusing(name, op))
-    return _register(name, _FORWARD, forward, fake_forward, lambda op: _differentiable(op, gradient))
+    gradient = register(
+        NAMESPACE, f"{name}_backward", _BACKWARD, backward, fake_backward, save_nothing, functools.partial(refuse, name)
+    )
+    differentiate = functools.partial(_differentiate, gradient)
+    return register(NAMESPACE, name, _FORWARD, forward, fake_forward, _save, differentiate)
 
 
 def _six(q: Tensor, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -292,62 +284,23 @@ def _six(q: Tensor, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return *results, *(q.new_empty(0) for _ in range(6 - len(results)))
 
 
-def _register(name: str, schema: str, run: Callable, fake: Callable, with_gradient: Callable):
-    _library.define(name + schema)
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    function = with_gradient(op)
-
-    def autograd(*inputs):
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            return function.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
-
-    _library.impl(name, autograd, "Autograd")
-    return op
+def _save(ctx, inputs, output):
+    q, k, v, beta, ctx.scale, initial_state, output_final_state, ctx.use_l2, cu_seqlens, _ = inputs
+    ctx.save_for_backward(q, k, v, beta, *output[2:], initial_state, cu_seqlens)
+    ctx.mark_non_differentiable(*(output[2:] if output_final_state else output[1:]))
+    ctx.set_materialize_grads(False)
 
 
-def _differentiable(op, gradient) -> type[torch.autograd.Function]:
-    class DeltaRule(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            with torch._C._AutoDispatchBelowAutograd():
-                output = op(*inputs)
-            q, k, v, beta, ctx.scale, initial_state, output_final_state, ctx.use_l2, cu_seqlens, _ = inputs
-            ctx.save_for_backward(q, k, v, beta, *output[2:], initial_state, cu_seqlens)
-            ctx.mark_non_differentiable(*(output[2:] if output_final_state else output[1:]))
-            ctx.set_materialize_grads(False)
-            return output
-
-        @staticmethod
-        def backward(ctx, do, dht, *_):
-            *saved, initial_state, cu_seqlens = ctx.saved_tensors
-            do = saved[2].new_zeros(saved[2].shape) if do is None else do
-            dq, dk, dv, dbeta, dh0 = gradient(do, dht, *saved, ctx.scale, initial_state, ctx.use_l2, cu_seqlens)
-            return dq, dk, dv, dbeta, None, None if initial_state is None else dh0, None, None, None, None
-
-    return DeltaRule
-
-
-def _refusing(name: str, op) -> type[torch.autograd.Function]:
-    class Gradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            with torch._C._AutoDispatchBelowAutograd():
-                return op(*inputs)
-
-        @staticmethod
-        def backward(ctx, *gradients):
-            raise RuntimeError(f"{name} is differentiable once: its gradient has no gradient of its own")
-
-    return Gradient
+def _differentiate(gradient, ctx, do, dht, *_):
+    *saved, initial_state, cu_seqlens = ctx.saved_tensors
+    do = saved[2].new_zeros(saved[2].shape) if do is None else do
+    dq, dk, dv, dbeta, dh0 = gradient(do, dht, *saved, ctx.scale, initial_state, ctx.use_l2, cu_seqlens)
+    return dq, dk, dv, dbeta, None, None if initial_state is None else dh0, None, None, None, None
 
 
 def _define_step():
-    if registered("delta_rule_step"):
-        return registered("delta_rule_step")
+    if registered(NAMESPACE, "delta_rule_step"):
+        return registered(NAMESPACE, "delta_rule_step")
 
     @torch.library.custom_op(f"{NAMESPACE}::delta_rule_step", mutates_args={"state"})
     def step(

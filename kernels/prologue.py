@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .delta_rule import NAMESPACE
 from .devices import forced_backend, fused_kernels_refuse, triton_refuses
+from .operators import refuse, register, registered, save_nothing
 from .reference import compute_dtype
 from .short_conv import PaddingOrder, check_convolution, short_convolution
 
@@ -128,11 +129,9 @@ def _announce(device: str, name: str, reason: str) -> None:
 
 
 def _define():
-    namespace = getattr(torch.ops, NAMESPACE)
-    if hasattr(namespace, "prologue"):  # as in `delta_rule.py`: this file is already loaded under another name
-        return namespace.prologue.default
+    if registered(NAMESPACE, "prologue"):
+        return registered(NAMESPACE, "prologue")
 
-    @torch.library.custom_op(f"{NAMESPACE}::prologue", mutates_args=())
     def forward(
         q: Tensor,
         k: Tensor,
@@ -159,8 +158,7 @@ def _define():
         beta = q.new_empty(0, dtype=torch.float32) if beta is None else beta
         return *results, beta, *(q.new_empty(0) if final is None else final for final in finals)
 
-    @forward.register_fake
-    def _(
+    def fake_forward(
         q, k, v, b, q_weight, k_weight, v_weight, q_state, k_state, v_state, beta_scale, output_final_state, cu_seqlens,
         order, padded,
     ):  # fmt: skip
@@ -169,7 +167,6 @@ def _define():
         finals = [x.new_empty((sequences, x.shape[2], past) if output_final_state else 0) for x in (q, k, v)]
         return *results, q.new_empty(0 if b is None else b.shape, dtype=torch.float32), *finals
 
-    @torch.library.custom_op(f"{NAMESPACE}::prologue_backward", mutates_args=())
     def backward(
         dq: Tensor,
         dk: Tensor,
@@ -203,17 +200,18 @@ def _define():
         db = q.new_empty(0) if db is None else db
         return *dstreams, db, *dweights, *(q.new_empty(0) if dstate is None else dstate for dstate in dstates)
 
-    @backward.register_fake
-    def _(dq, dk, dv, dbeta, dq_final, dk_final, dv_final, q, k, v, b, *rest):
+    def fake_backward(dq, dk, dv, dbeta, dq_final, dk_final, dv_final, q, k, v, b, *rest):
         weights, states = rest[:3], rest[3:6]
         results = [x.new_empty(x.shape) for x in (q, k, v)]
         dstates = [q.new_empty(0) if state is None else state.new_empty(state.shape) for state in states]
         db = q.new_empty(0) if b is None else b.new_empty(b.shape)
         return *results, db, *(weight.new_empty(weight.shape) for weight in weights), *dstates
 
-    forward.register_autograd(functools.partial(_differentiate, backward), setup_context=_save)
-    backward.register_autograd(_refuse)
-    return forward
+    schemas = [torch.library.infer_schema(function, mutates_args=()) for function in (forward, backward)]
+    once = functools.partial(refuse, "prologue")
+    gradient = register(NAMESPACE, "prologue_backward", schemas[1], backward, fake_backward, save_nothing, once)
+    differentiate = functools.partial(_differentiate, gradient)
+    return register(NAMESPACE, "prologue", schemas[0], forward, fake_forward, _save, differentiate)
 
 
 def _save(ctx, inputs, output):
@@ -239,10 +237,6 @@ def _differentiate(op, ctx, *gradients):
     *dstreams, db = results[:4]
     dstates = [None if state is None else g for state, g in zip(states, results[7:])]
     return *dstreams, None if b is None else db, *results[4:7], *dstates, None, None, None, None, None
-
-
-def _refuse(ctx, *gradients):
-    raise RuntimeError("prologue is differentiable once: its gradient has no gradient of its own")
 
 
 _op = _define()

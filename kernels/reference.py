@@ -328,12 +328,23 @@ def step_forward(q, k, v, beta, state, scale, use_l2, state_indices):
         if S is not state:
             state.copy_(S)
         return o
+    if _are_all_real(rows):
+        state.index_copy_(0, rows, S.addcmul_(k[..., None], v_new[..., None, :]).to(state.dtype))
+        return o
     write_rows(state, rows, S, S + k[..., None] * v_new[..., None, :])
     return o.masked_fill((rows < 0)[:, None, None], 0)
 
 
+def _are_all_real(rows: Tensor) -> bool:
+    """Whether no row is to be skipped, where a look costs nothing."""
+    return rows.device.type == "cpu" and bool((rows >= 0).all())
+
+
 def write_rows(states: Tensor, rows: Tensor, before: Tensor, after: Tensor) -> None:
     """states[rows] = after, where a row of -1 writes nothing; `before` is states[rows], for it the first state."""
+    if _are_all_real(rows):
+        states.index_copy_(0, rows, after.to(states.dtype))
+        return
     valid = rows >= 0
     values = torch.where(valid.view(-1, *[1] * (after.dim() - 1)), after, before)
     # A row to skip repeats the write of the first row that counts: no host synchronisation, no lost update.
