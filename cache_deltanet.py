@@ -162,7 +162,9 @@ class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
 def _is_changeable(value: torch.Tensor) -> bool:
     """Whether a tensor of this forward may be updated in place later on."""
-    return not (torch.is_grad_enabled() or value.requires_grad or value.is_inference() or torch.compiler.is_compiling())
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or value.requires_grad:
+        return False
+    return not value.is_inference()
 
 
 def _changeable_later():

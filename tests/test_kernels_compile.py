@@ -24,7 +24,8 @@ def plan(dtype, size, shape, packed=False, hopper=True):
 PLANS = {
     **{f"bfloat16-{size}-{shape}": plan(HALF, size, shape) for size in (64, 128, 256) for shape in SHAPES},
     **{f"bfloat16-128-{shape}-packed": plan(HALF, 128, shape, True) for shape in PACKS},
-    **{f"bfloat16-{size}-{shape}-plain": plan(HALF, size, shape, hopper=False) for size in (64, 128) for shape in SHAPES},
+    **{f"bfloat16-128-{shape}-plain": plan(HALF, 128, shape, hopper=False) for shape in SHAPES},
+    "bfloat16-64-wide-plain": plan(HALF, 64, "wide", hopper=False),
     "bfloat16-256-wide-packed": plan(HALF, 256, "wide", True),
     "bfloat16-96-narrow-packed": plan(HALF, 96, "narrow", True),
     "float16-128-wide": plan(torch.float16, 128, "wide"),

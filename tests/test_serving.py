@@ -54,8 +54,10 @@ class Requests:
 
     def project(self, x):
         mixer, layout = self.mixer, TokenLayout()
-        qkv = torch.cat([mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)], -1)
-        return qkv, mixer._writing_strength(x[None], 2, layout)[0], self.weight()
+        q, k, v = mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)
+        b = mixer.b_proj(x[None]) if mixer.use_beta else None
+        beta = mixer._writing_strength(b, None, v[None].unflatten(-1, (2, -1)), layout)[0]
+        return torch.cat([q, k, v], -1), beta, self.weight()
 
     def weight(self):
         if not self.mixer.use_short_conv:
