@@ -37,12 +37,12 @@ class _Rows(NamedTuple):
     tensor: Tensor
     unit: int
 
-
     @property
     def is_copyable(self) -> bool:
         """Whether a Hopper GPU's copy engine reads it: 16-bit numbers, strides of 16 bytes, no row read twice."""
-        repeated = any(stride == 0 and size > 1 for stride, size in zip(self.tensor.stride(), self.tensor.shape))
-        return self.tensor.element_size() == 2 and self.unit == 8 and not repeated
+        x = self.tensor
+        repeated = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape))
+        return x.element_size() == 2 and x.stride(-1) == 1 and self.unit == 8 and not repeated
 
 
 def _rows(x: Tensor) -> _Rows:
