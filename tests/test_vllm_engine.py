@@ -137,6 +137,9 @@ def test_a_bfloat16_model_keeps_float32_states(tmp_path):
         assert [[state.dtype for state in layer.kv_cache] for layer in layers] == 4 * [[torch.float32, torch.bfloat16]]
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
         answers = llm.generate([{"prompt_token_ids": ids} for ids in requests], params, use_tqdm=False)
+    differences = []
     for request, answer in zip(requests, answers):
         said = torch.tensor([position[token].logprob for token, position in zip(request[1:], answer.prompt_logprobs[1:])])
-        assert (said - logprobs(model, request)).abs().mean() < 0.03
+        differences.append((said - logprobs(model, request)).abs())
+    # A logit of 4 to 8 has steps of 0.03 in bfloat16, so that a prompt of two tokens may be off by as much.
+    assert torch.cat(differences).mean() < 0.03 and max(x.max() for x in differences) < 0.3
