@@ -89,7 +89,8 @@ class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         if self.device is None:
             self.dtype, self.device = self.recurrent_states[0].dtype, self.recurrent_states[0].device
             with _changeable_later():
-                self.cumulative_length = self.cumulative_length.to(self.device)
+                # Made there: to copy the count from the host would wait for all that the device has still to do.
+                self.cumulative_length = torch.zeros_like(self.cumulative_length, device=self.device)
             self.is_initialized = True
         self.has_previous_state = dict.fromkeys(range(3), True)
         self.cumulative_length.add_(num_new_tokens)

@@ -6,7 +6,8 @@ give the map of every span, `join_kernel` the state that each starts with. On Ho
 `scan_kernel` have a second form, which takes what it can read through the copy engine.
 """
 
-from typing import NamedTuple, Optional
+import functools
+from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from .chunk_forward import output_kernel
 from .chunk_states import join_kernel, scan_kernel
 from .chunk_tiles import inverse_kernel, span_table_kernel
 from .devices import has_copy_engine, on_device, processors, shared_memory
-from .launching import enqueue
+from .launching import Prepared
 from .reference import CHUNK
 
 try:
@@ -32,67 +33,88 @@ _SHORTEST_SPAN, _FEWEST_SPANS = 32, 4
 
 
 class _Rows(NamedTuple):
-    """A tensor [B, T, H, D] that is read in place, its strides in units of `unit` elements."""
+    """How a tensor [B, T, H, D] lies that is read in place; `start` is its address modulo 16."""
 
-    tensor: Tensor
-    unit: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+    itemsize: int
+
+    @property
+    def unit(self) -> int:
+        """Elements of the widest load, up to 16 bytes, that no stride breaks."""
+        unit = 16 // self.itemsize
+        while any(stride % unit for stride in self.stride[:3]) or self.start % (unit * self.itemsize):
+            unit //= 2
+        return unit
 
     @property
     def is_copyable(self) -> bool:
         """Whether a Hopper GPU's copy engine reads it: 16-bit numbers, strides of 16 bytes, no row read twice."""
-        x = self.tensor
-        repeated = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape))
-        return x.element_size() == 2 and x.stride(-1) == 1 and self.unit == 8 and not repeated
+        repeated = any(stride == 0 and size > 1 for stride, size in zip(self.stride, self.shape))
+        return self.itemsize == 2 and self.stride[-1] == 1 and self.unit == 8 and not repeated
 
 
-def _rows(x: Tensor) -> _Rows:
-    """Rows must be dense; the unit is the widest load, up to 16 bytes, that no stride breaks."""
-    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-    unit = 16 // x.element_size()
-    while any(stride % unit for stride in x.stride()[:3]) or x.data_ptr() % (unit * x.element_size()):
-        unit //= 2
-    return _Rows(x, unit)
+class _Cut(NamedTuple):
+    """Tables of packed sequences on their device: where chunks and spans lie, and the first ones of every sequence."""
+
+    chunks: Optional[Tensor] = None
+    spans: Optional[Tensor] = None
+    first_chunk: Optional[Tensor] = None
+    first_span: Optional[Tensor] = None
+    cu_seqlens: Optional[Tensor] = None
+
+    @property
+    def of_spans(self) -> tuple[Optional[Tensor], ...]:
+        return self.spans, self.cu_seqlens, self.first_chunk
 
 
 class _Plan:
-    """How a batch is cut: chunks for the parallel kernels, spans for the scans."""
+    """How a batch is cut, chunks for the parallel kernels and spans for the scans, and launches for tensors of its layout.
 
-    def __init__(self, tensors: tuple[Tensor, ...], cu_seqlens: Optional[Tensor], backward: bool):
-        q, _, v = tensors[:3]
-        self.rows, self.backward = [_rows(x) for x in tensors], backward
-        self.unit = min(x.unit for x in self.rows)
-        self.batch, self.T, self.H, self.K = q.shape
-        self.V, self.dtype, self.device = v.shape[-1], q.dtype, q.device
-        self.exact = q.dtype == torch.float32
+    Plans are kept: layers and training steps that have the same shapes share one.
+    """
+
+    def __init__(self, rows: tuple[_Rows, ...], dtype: torch.dtype, device, sequences: Optional[int], backward: bool):
+        self.rows, self.backward, self.dtype, self.device = rows, backward, dtype, device
+        self.unit = min(x.unit for x in rows)
+        (self.batch, self.T, self.H, self.K), self.V = rows[0].shape, rows[2].shape[-1]
+        self.exact = dtype == torch.float32
         self.precision = "tf32x3" if self.exact else "tf32"
         # Below this, the gradient of a value times its beta has too few digits left to divide by beta again.
-        self.small = 2**-10 if q.dtype == torch.float16 else 1e-30
+        self.small = 2**-10 if dtype == torch.float16 else 1e-30
         self.KP, self.VP = (max(16, 1 << (size - 1).bit_length()) for size in (self.K, self.V))
-        self.sequences = self.batch if cu_seqlens is None else len(cu_seqlens) - 1
+        self.is_packed, self.sequences = sequences is not None, self.batch if sequences is None else sequences
         self.chunks_per_row = -(-self.T // CHUNK)
-        self.chunks = count_chunks(self.batch, self.T, cu_seqlens)
-        self.narrow = self.sequences * self.H * -(-self.V // 64) < processors(self.device)
-        self.hopper = has_copy_engine(self.device) and 32 < self.K <= 128 and all(x.is_copyable for x in self.rows)
+        self.chunks = count_chunks(self.batch, self.T, sequences)
+        self.narrow = self.sequences * self.H * -(-self.V // 64) < processors(device)
+        self.hopper = has_copy_engine(device) and 32 < self.K <= 128 and all(x.is_copyable for x in rows)
         self.span = choose_span(self)
         self.split = self.span < self.T
         self.spans_per_row = -(-self.T // self.span)
         self.spans = self.batch * self.spans_per_row
-        self.cu_seqlens, self.chunk_table, self.span_table, self.first_chunk, self.first_span = cu_seqlens, *[None] * 4
-        if cu_seqlens is not None:
-            self._tabulate(cu_seqlens)
+        if self.is_packed:
+            self.spans = (self.T + (self.sequences + 1) * (self.span - 1)) // self.span
+        self.sizes = self.T, self.H, self.batch * self.H
+        self.launches: dict[tuple, Prepared] = {}
 
-    def _tabulate(self, cu_seqlens: Tensor) -> None:
-        self.spans = (self.T + (self.sequences + 1) * (self.span - 1)) // self.span
+    def prepared(self, prepare: Callable[..., Prepared], *choices) -> Prepared:
+        """The launch that `prepare(plan, *choices)` makes."""
+        key = prepare, *choices
+        if key not in self.launches:
+            self.launches[key] = prepare(self, *choices)
+        return self.launches[key]
+
+    def tabulate(self, cu_seqlens: Optional[Tensor]) -> _Cut:
+        if cu_seqlens is None:
+            return _Cut()
         width = _multiple_of_four(self.sequences + 1)
-        table = torch.empty((self.chunks + self.spans, 3), dtype=torch.int32, device=self.device)
-        first = torch.empty((2, width), dtype=torch.int32, device=self.device)
-        blocks = -(-max(self.chunks, self.spans) // 128)
-        arguments = (cu_seqlens, table, first, self.T, self.sequences, self.chunks, self.spans, self.span, width, blocks)
-        enqueue(span_table_kernel, 2 * blocks, arguments, dict(C=CHUNK, BLOCK=128), {})
-        self.chunk_table, self.span_table = table[: self.chunks], table[self.chunks :]
-        self.first_chunk, self.first_span = first
+        table = self.new(self.chunks + self.spans, 3, dtype=torch.int32)
+        first = self.new(2, width, dtype=torch.int32)
+        self.prepared(_tabulation, width)(cu_seqlens, table, first)
+        return _Cut(table[: self.chunks], table[self.chunks :], *first, cu_seqlens)
 
-    def launch(self, kernel: str) -> tuple[int, dict]:
+    def options(self, kernel: str) -> tuple[int, dict]:
         """Columns of V a program takes, and Triton's options."""
         limit = shared_memory(self.device)
         narrow = self.narrow and not self.split
@@ -102,25 +124,17 @@ class _Plan:
             options["maxnreg"] = chosen.registers
         return chosen.columns, options
 
-    def cut(self) -> tuple[Optional[Tensor], ...]:
-        """Where spans lie: tables for packed sequences, else nothing."""
-        return self.span_table, self.cu_seqlens, self.first_chunk
-
-    def sizes(self) -> tuple[int, int, int]:
-        return self.T, self.H, self.batch * self.H
-
     def strides(self, *rows: _Rows) -> list[int]:
-        return [stride // self.unit for x in rows for stride in x.tensor.stride()[:3]]
+        return [stride // self.unit for x in rows for stride in x.stride[:3]]
 
     @property
     def plain(self) -> dict:
         """What kernels are compiled for that read rows by their strides."""
         return dict(UNIT=self.unit, PRECISION=self.precision)
 
-    def descriptors(self, tau: Tensor, columns: int) -> list:
-        """Of q, k, v, do (in the backward) and tau, keys in whole rows and values in tiles of `columns`."""
-        widths = (self.KP, self.KP, columns, columns)
-        return [*(descriptor(x.tensor, width) for x, width in zip(self.rows, widths)), descriptor(tau, CHUNK)]
+    def tiles(self, *widths: int) -> tuple[Callable, ...]:
+        """Makers of descriptors for tiles of so many columns."""
+        return tuple(functools.partial(descriptor, columns=width) for width in widths)
 
     def new(self, *shape: int, dtype: Optional[torch.dtype] = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
@@ -128,9 +142,29 @@ class _Plan:
     def states(self, given: Optional[Tensor]) -> Tensor:
         """[N, H, K, V] float32 for the scans to write: sequences without tokens keep what is given, or zero."""
         shape = (self.sequences, self.H, self.K, self.V)
-        if self.cu_seqlens is None:
+        if not self.is_packed:
             return self.new(*shape, dtype=torch.float32)
         return torch.zeros(shape, device=self.device) if given is None else given.clone()
+
+
+keep_plan = functools.lru_cache(maxsize=256)(_Plan)
+
+
+class _Batch:
+    """Tensors [B, T, H, D], rows made dense, the plan for them and their tables."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], cu_seqlens: Optional[Tensor], backward: bool = False):
+        q = tensors[0]
+        self.tensors = [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors]
+        itemsize, sequences = q.dtype.itemsize, None if cu_seqlens is None else len(cu_seqlens) - 1
+        rows = tuple([_Rows(x.shape, x.stride(), x.data_ptr() % 16, itemsize) for x in self.tensors])
+        self.plan: _Plan = keep_plan(rows, q.dtype, q.device, sequences, backward)
+        self.cut = self.plan.tabulate(cu_seqlens)
+
+    @property
+    def with_gradient(self) -> list[Tensor]:
+        """q, k, v and do; of a forward pass, which has no do, v stands in for it and is not read."""
+        return [*self.tensors, self.tensors[2]][:4]
 
 
 def _multiple_of_four(x: int) -> int:
@@ -138,12 +172,12 @@ def _multiple_of_four(x: int) -> int:
     return -(-x // 4) * 4
 
 
-def count_chunks(B: int, T: int, cu_seqlens: Optional[Tensor]) -> int:
-    """Chunks of a batch; a bound, where sequences are packed and their lengths are on the device."""
-    if cu_seqlens is None:
+def count_chunks(B: int, T: int, sequences: Optional[int]) -> int:
+    """Chunks of a batch; a bound, where `sequences` are packed and their lengths are on the device."""
+    if sequences is None:
         return B * -(-T // CHUNK)
     # Every sequence may have a chunk that is not full, and an unused tail counts as one more.
-    return _multiple_of_four((T + len(cu_seqlens) * (CHUNK - 1)) // CHUNK)
+    return _multiple_of_four((T + (sequences + 1) * (CHUNK - 1)) // CHUNK)
 
 
 def choose_span(plan: _Plan) -> int:
@@ -179,15 +213,17 @@ class Mapped(NamedTuple):
     offsets: Optional[Tensor]
 
 
-def _map(plan: _Plan, beta: Tensor, o: Tensor, use_l2: bool, spans: bool) -> Mapped:
+def _map(batch: _Batch, beta: Tensor, o: Tensor, use_l2: bool, spans: bool) -> Mapped:
     """`o` is where packed sequences want zeros behind the last one; `spans` asks for maps and offsets."""
+    plan = batch.plan
     tau = plan.new(plan.batch, plan.T, plan.H, CHUNK)
     factors = plan.new(3, plan.batch, plan.H, plan.T, dtype=torch.float32)
-    _invert(plan, beta, tau, factors, o, use_l2)
+    invert = plan.prepared(_inversion, beta.stride(), use_l2)
+    invert(batch.tensors[1], beta, tau, factors, o, batch.cut.chunks)
     if not spans:
         return Mapped(tau, factors, None, None)
     maps, offsets = _maps(plan)
-    _scan(plan, tau, factors, forward=(None, None, None, maps, offsets), store=False)
+    _scan(batch, tau, factors, forward=(None, None, None, maps, offsets), store=False)
     return Mapped(tau, factors, maps, offsets)
 
 
@@ -195,63 +231,67 @@ def _forward(
     q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens, keep_states,
     mapped: Optional[Mapped] = None,
 ):  # fmt: skip
-    plan = _Plan((q, k, v), cu_seqlens, backward=False)
+    batch = _Batch((q, k, v), cu_seqlens)
+    plan = batch.plan
     initial_state = None if initial_state is None else initial_state.contiguous()
     o = plan.new(*v.shape)
-    tau, factors, maps, offsets = mapped or _map(plan, beta, o, use_l2, plan.split)
-    starts = _join(plan, maps, offsets, initial_state, reverse=False) if plan.split else initial_state
+    tau, factors, maps, offsets = mapped or _map(batch, beta, o, use_l2, plan.split)
+    starts = _join(batch, maps, offsets, initial_state, reverse=False) if plan.split else initial_state
     final_state = plan.states(initial_state) if output_final_state else None
     kept = (plan.new(plan.chunks, plan.H, plan.K, plan.V), plan.new(*v.shape)) if keep_states else (None, None)
-    _outputs(plan, tau, factors, o, starts, final_state, kept, scale, use_l2)
+    write = plan.prepared(_output, scale, use_l2)
+    write(*batch.tensors, tau, factors, o, starts, final_state, *kept, *batch.cut.of_spans)
     final_state = factors.new_empty(0) if final_state is None else final_state
-    return o, final_state, tau, factors, *(plan.new(0) if x is None else x for x in kept)
+    return o, final_state, tau, factors, *(kept if keep_states else ())
 
 
-def _outputs(plan: _Plan, tau, factors, o, starts, final_state, kept, scale: float, use_l2: bool) -> None:
-    columns, options = plan.launch("output")
+def _tabulation(plan: _Plan, width: int) -> Prepared:
+    blocks = -(-max(plan.chunks, plan.spans) // 128)
+    numbers = (plan.T, plan.sequences, plan.chunks, plan.spans, plan.span, width, blocks)
+    return Prepared(span_table_kernel, 2 * blocks, numbers, dict(C=CHUNK, BLOCK=128), {})
+
+
+def _inversion(plan: _Plan, beta_stride: tuple[int, ...], use_l2: bool) -> Prepared:
+    _, options = plan.options("inverse")
+    numbers = (*plan.sizes, plan.chunks_per_row, *plan.strides(plan.rows[1]), *beta_stride)
+    constants = dict(K=plan.K, KP=plan.KP, V=plan.V, VP=plan.VP, C=CHUNK, L2=use_l2, EXACT=plan.exact)
+    return Prepared(inverse_kernel, plan.chunks * plan.H, numbers, constants | plan.plain, options)
+
+
+def _output(plan: _Plan, scale: float, use_l2: bool) -> Prepared:
+    columns, options = plan.options("output")
     programs = -(-plan.V // columns) * plan.H * plan.spans
-    arguments = (factors, o, starts, final_state, *kept, *plan.cut(), scale, *plan.sizes(), plan.spans_per_row, plan.span)
+    numbers = (scale, *plan.sizes, plan.spans_per_row, plan.span)
     constants = dict(K=plan.K, KP=plan.KP, V=plan.V, BV=columns, C=CHUNK, L2=use_l2, SPLIT=plan.split)
     if plan.hopper:
-        enqueue(hopper_output_kernel, programs, (*plan.descriptors(tau, columns), *arguments), constants, options)
-        return
-    arguments = (*(x.tensor for x in plan.rows), tau, *arguments, *plan.strides(*plan.rows))
-    enqueue(output_kernel, programs, arguments, constants | plan.plain, options)
+        tiles = plan.tiles(plan.KP, plan.KP, columns, CHUNK)
+        return Prepared(hopper_output_kernel, programs, numbers, constants, options, tiles)
+    numbers = (*numbers, *plan.strides(*plan.rows))
+    return Prepared(output_kernel, programs, numbers, constants | plan.plain, options)
 
 
-def _invert(plan: _Plan, beta: Tensor, tau: Tensor, factors: Tensor, o: Tensor, use_l2: bool) -> None:
-    _, options = plan.launch("inverse")
-    k = plan.rows[1]
-    arguments = (k.tensor, beta, tau, factors, o, plan.chunk_table, *plan.sizes(), plan.chunks_per_row)
-    arguments += (*plan.strides(k), *beta.stride())
-    constants = dict(K=plan.K, KP=plan.KP, V=plan.V, VP=plan.VP, C=CHUNK, L2=use_l2, EXACT=plan.exact)
-    enqueue(inverse_kernel, plan.chunks * plan.H, arguments, constants | plan.plain, options)
-
-
-def _scan(plan: _Plan, tau, factors, forward=None, reverse=None, store=True) -> None:
+def _scan(batch: _Batch, tau, factors, forward=None, reverse=None, store=True) -> None:
     """One launch of `scan_kernel`. `forward` is (states, errors, initial, maps, offsets), `reverse` (states, slots,
     initial, final); either may be None."""
-    columns, options = plan.launch("scan")
+    scan = batch.plan.prepared(_both_scans, forward is not None, reverse is not None, store)
+    states = (*(forward or [None] * 5), *(reverse or [None] * 4))
+    scan(*batch.with_gradient, tau, factors, *states, *batch.cut.of_spans)
+
+
+def _both_scans(plan: _Plan, forward: bool, reverse: bool, store: bool) -> Prepared:
+    columns, options = plan.options("scan")
     value_tiles, map_tiles = -(-plan.V // columns), -(-plan.K // columns)
     programs = (value_tiles + (0 if store else map_tiles)) * plan.H * plan.spans if forward else 0
     reverse_programs = value_tiles * plan.H * plan.spans if reverse else 0
-    arguments = (factors, *(forward or [None] * 5), *(reverse or [None] * 4), *plan.cut())
-    arguments += (*plan.sizes(), plan.spans_per_row, plan.span, programs)
+    numbers = (*plan.sizes, plan.spans_per_row, plan.span, programs)
     constants = dict(K=plan.K, KP=plan.KP, V=plan.V, BV=columns, C=CHUNK, SPLIT=plan.split, STORE=store)
-    constants |= dict(FORWARD=forward is not None, REVERSE=reverse is not None, SMALL=plan.small)
+    constants |= dict(FORWARD=forward, REVERSE=reverse, SMALL=plan.small)
     programs += reverse_programs
     if plan.hopper:
-        *tiles, matrix = plan.descriptors(tau, columns)
-        enqueue(hopper_scan_kernel, programs, (*_with_gradient(tiles), matrix, *arguments), constants, options)
-        return
-    rows = _with_gradient(plan.rows)
-    arguments = (*(x.tensor for x in rows), tau, *arguments, *plan.strides(*rows))
-    enqueue(scan_kernel, programs, arguments, constants | plan.plain, options)
-
-
-def _with_gradient(rows: list) -> list:
-    """q, k, v and do; of a forward pass, which has no do, v stands in for it and is not read."""
-    return [*rows, rows[2]][:4]
+        tiles = plan.tiles(plan.KP, plan.KP, columns, columns, CHUNK)
+        return Prepared(hopper_scan_kernel, programs, numbers, constants, options, tiles)
+    rows = [*plan.rows, plan.rows[2]][:4]
+    return Prepared(scan_kernel, programs, (*numbers, *plan.strides(*rows)), constants | plan.plain, options)
 
 
 def _maps(plan: _Plan) -> tuple[Tensor, Tensor]:
@@ -259,15 +299,19 @@ def _maps(plan: _Plan) -> tuple[Tensor, Tensor]:
     return plan.new(*shape, plan.K, dtype=torch.float32), plan.new(*shape, plan.V, dtype=torch.float32)
 
 
-def _join(plan: _Plan, maps: Tensor, offsets: Tensor, initial: Optional[Tensor], reverse: bool) -> Tensor:
+def _join(batch: _Batch, maps: Tensor, offsets: Tensor, initial: Optional[Tensor], reverse: bool) -> Tensor:
     """The state with which every span starts, or in reverse the gradient with which it ends: [spans, H, K, V]."""
-    result, columns = torch.empty_like(offsets), min(16 if plan.KP > 128 else 32, plan.VP)
+    result = torch.empty_like(offsets)
+    batch.plan.prepared(_joining, reverse)(maps, offsets, initial, result, batch.cut.first_span)
+    return result
+
+
+def _joining(plan: _Plan, reverse: bool) -> Prepared:
+    columns = min(16 if plan.KP > 128 else 32, plan.VP)
     programs = -(-plan.V // columns) * plan.H * plan.sequences
-    arguments = (maps, offsets, initial, result, plan.first_span, plan.H, plan.spans_per_row)
     constants = dict(K=plan.K, KP=plan.KP, V=plan.V, BV=columns, ROWS=min(plan.KP, 64), REVERSE=reverse)
     constants["PRECISION"] = plan.precision
-    enqueue(join_kernel, programs, arguments, constants, dict(num_warps=4, num_stages=1))
-    return result
+    return Prepared(join_kernel, programs, (plan.H, plan.spans_per_row), constants, dict(num_warps=4, num_stages=1))
 
 
 def chunk_backward(
@@ -282,33 +326,35 @@ def chunk_backward(
 
 
 def _backward(do, dht, q, k, v, beta, tau, factors, initial_state, use_l2, cu_seqlens, kept):
-    plan = _Plan((q, k, v, do), cu_seqlens, backward=True)
+    batch = _Batch((q, k, v, do), cu_seqlens, backward=True)
+    plan = batch.plan
     initial_state, dht = (None if z is None else z.contiguous() for z in (initial_state, dht))
     starts, ends = initial_state, dht
     if plan.split:
         maps, offsets = _maps(plan)
         gradient_offsets = torch.empty_like(offsets)
         backward_map = (None, None, None, gradient_offsets)
-        _scan(plan, tau, factors, (None, None, None, maps, offsets), backward_map, store=False)
-        starts = _join(plan, maps, offsets, initial_state, reverse=False)
-        ends = _join(plan, maps, gradient_offsets, dht, reverse=True)
+        _scan(batch, tau, factors, (None, None, None, maps, offsets), backward_map, store=False)
+        starts = _join(batch, maps, offsets, initial_state, reverse=False)
+        ends = _join(batch, maps, gradient_offsets, dht, reverse=True)
 
     states, errors = kept or (plan.new(plan.chunks, plan.H, plan.K, plan.V), plan.new(*v.shape))
     forward = None if kept else (states, errors, starts, None, None)
     dh0 = None if initial_state is None else plan.states(dht)
     results = [plan.new(*z.shape, dtype=z.dtype) for z in (q, k, v, beta)]
     state_gradients = torch.empty_like(states)
-    _scan(plan, tau, factors, forward, (state_gradients, results[2], ends, dh0))
-    _gradients(plan, factors, states, state_gradients, errors, results, use_l2)
+    _scan(batch, tau, factors, forward, (state_gradients, results[2], ends, dh0))
+    q, k, _, do = batch.tensors
+    # All chunks in parallel, after both scans.
+    differentiate = plan.prepared(_gradients, use_l2)
+    differentiate(q, k, do, factors, errors, states, state_gradients, *results, batch.cut.chunks)
     return *results, factors.new_empty(0) if dh0 is None else dh0
 
 
-def _gradients(plan: _Plan, factors, states, state_gradients, errors, results, use_l2: bool) -> None:
-    """All chunks in parallel, after both scans."""
-    columns, options = plan.launch("gradient")
+def _gradients(plan: _Plan, use_l2: bool) -> Prepared:
+    columns, options = plan.options("gradient")
     q, k, _, do = plan.rows
-    arguments = (q.tensor, k.tensor, do.tensor, factors, errors, states, state_gradients, *results, plan.chunk_table)
-    arguments += (*plan.sizes(), plan.chunks_per_row, *plan.strides(q, k, do))
+    numbers = (*plan.sizes, plan.chunks_per_row, *plan.strides(q, k, do))
     constants = dict(K=plan.K, KP=plan.KP, V=plan.V, VP=plan.VP, BV=columns, C=CHUNK, L2=use_l2, SMALL=plan.small)
     constants["ONE_PASS"] = plan.KP <= 128
-    enqueue(gradient_kernel, plan.chunks * plan.H, arguments, constants | plan.plain, options)
+    return Prepared(gradient_kernel, plan.chunks * plan.H, numbers, constants | plan.plain, options)

@@ -7,7 +7,7 @@ that a row that is cut into spans anyway is mapped at no cost but the product of
 import torch
 from torch import Tensor
 
-from .chunk import Mapped, _forward, _map, _maps, _Plan, _scan
+from .chunk import Mapped, _Batch, _forward, _map, _maps, _Plan, _scan
 from .devices import on_device
 
 
@@ -15,9 +15,10 @@ def segment_map(k: Tensor, v: Tensor, beta: Tensor, use_l2: bool) -> tuple[Tenso
     """[N | M] of every row of [B, T, H, K] keys and [B, T, H, V] values, [B, H, K, V + K] float32, and what a forward over
     the same rows need not compute again."""
     with on_device(k):
-        plan = _Plan((k, k, v), None, backward=False)
+        batch = _Batch((k, k, v), None)
+        plan = batch.plan
         # Without packed sequences nothing is written to the place of the output.
-        mapped = _map(plan, beta, v, use_l2, spans=True)
+        mapped = _map(batch, beta, v, use_l2, spans=True)
         M, N = _by_row(plan, mapped.maps), _by_row(plan, mapped.offsets)
         state = torch.cat([N[:, 0], M[:, 0]], -1)
         for i in range(1, plan.spans_per_row):
@@ -41,10 +42,11 @@ def entering_gradient(do, q, k, v, beta, tau, factors, maps, scale: float, use_l
             tau, factors = mapped_forward(q, k, v, beta, scale, None, False, use_l2, mapped)[2:4]
             maps = mapped.maps
         # The spans of the forward: a backward runs its two scans over whole rows unless the card were all but idle.
-        plan = _Plan((q, k, v, do), None, backward=False)
+        batch = _Batch((q, k, v, do), None)
+        plan = batch.plan
         gradients = _maps(plan)[1]
         reverse = (None, None, None, gradients)
-        _scan(plan, tau, factors, None, reverse, store=False)
+        _scan(batch, tau, factors, None, reverse, store=False)
         M, D = _by_row(plan, maps), _by_row(plan, gradients)
         gradient = D[:, -1]
         for i in reversed(range(plan.spans_per_row - 1)):

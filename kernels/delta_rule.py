@@ -152,7 +152,8 @@ def _saved_by_triton(q: Tensor, v: Tensor, cu_seqlens: Optional[Tensor], keep_st
     from .chunk import count_chunks
 
     B, T, H, K = q.shape
-    states = (count_chunks(B, T, cu_seqlens), H, K, v.shape[3])
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    states = (count_chunks(B, T, sequences), H, K, v.shape[3])
     kept = (states, v.shape) if keep_states else (0, 0)
     return q.new_empty((B, T, H, CHUNK)), q.new_empty((3, B, H, T), dtype=torch.float32), *map(q.new_empty, kept)
 
@@ -240,8 +241,6 @@ _BACKWARD = (
 
 def _define(name: str, choose: Callable[[Tensor], Implementation]):
     """Register the operator `name` and its gradient, each running what `choose` picks for q."""
-    if registered(NAMESPACE, name):
-        return registered(NAMESPACE, name)
 
     def forward(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens, keep_states):
         check_values(q, beta, cu_seqlens)

@@ -51,9 +51,14 @@ def fused_kernels_refuse(device: torch.device, dtype: torch.dtype, K: int) -> st
     return ""
 
 
+_NO_CHANGE = contextlib.nullcontext()
+
+
 def on_device(x: Tensor):
     """Triton launches on the current device; this makes it that of x."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NO_CHANGE
+    return torch.cuda.device(x.device)
 
 
 @functools.cache

@@ -22,12 +22,41 @@ def _library(namespace: str) -> torch.library.Library:
     return torch.library.Library(namespace, "FRAGMENT")
 
 
+def is_plain(inputs: tuple) -> bool:
+    """Whether an operator need not be one for these inputs: nobody takes its gradient, traces, transforms or watches it."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if not _PLAIN.issuperset(map(type, tensors)):
+        return False
+    return not (torch.is_grad_enabled() and any([x.requires_grad for x in tensors]))
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
 def register(namespace: str, name: str, schema: str, run: Callable, fake: Callable, save: Callable, differentiate: Callable):
     """The operator `name`, which does `run`; `fake` makes tensors like its results.
 
     `save(ctx, inputs, output)` and `differentiate(ctx, *gradients)` are the two halves of its gradient, as in
     `torch.autograd.Function`.
+
+    Returns a function of the operator's inputs, which calls it, or `run` itself where that is all that a call would do:
+    torch's dispatch of one takes longer than to launch two kernels.
     """
+    op = registered(namespace, name)
+    if op is None:
+        op = _register(namespace, name, schema, run, fake, save, differentiate)
+
+    def call(*inputs):
+        return run(*inputs) if is_plain(inputs) else op(*inputs)
+
+    return call
+
+
+def _register(namespace, name, schema, run, fake, save, differentiate):
     library = _library(namespace)
     library.define(name + schema)
     library.impl(name, run, "CompositeExplicitAutograd")

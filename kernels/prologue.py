@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .delta_rule import NAMESPACE
 from .devices import forced_backend, fused_kernels_refuse, triton_refuses
-from .operators import refuse, register, registered, save_nothing
+from .operators import refuse, register, save_nothing
 from .reference import compute_dtype
 from .short_conv import PaddingOrder, check_convolution, short_convolution
 
@@ -129,9 +129,6 @@ def _announce(device: str, name: str, reason: str) -> None:
 
 
 def _define():
-    if registered(NAMESPACE, "prologue"):
-        return registered(NAMESPACE, "prologue")
-
     def forward(
         q: Tensor,
         k: Tensor,

@@ -332,8 +332,8 @@ def sum_kernel(
     W: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """sums [strips, W, all channels] -> dweight [D, 1, W] of q, k and v, for one tile of channels and one tap."""
-    tap = tl.program_id(1)
-    column = tl.program_id(0) * BD + tl.arange(0, BD)
+    tap = tl.program_id(0) % W
+    column = tl.program_id(0) // W * BD + tl.arange(0, BD)
     total = tl.zeros([BD], tl.float32)
     for first in range(0, strips, ROWS):
         rows = first + tl.arange(0, ROWS)

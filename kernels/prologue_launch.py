@@ -1,5 +1,6 @@
 """The prologue on a GPU: how tokens and channels are cut, what is launched, and with which tile shapes."""
 
+import functools
 from typing import NamedTuple, Optional
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from .chunk_tiles import span_table_kernel
 from .devices import on_device, processors
-from .launching import enqueue
+from .launching import Prepared
 from .prologue_kernels import backward_kernel, forward_kernel, sum_kernel
 from .reference import CHUNK
 
@@ -34,44 +35,51 @@ _BETA_BLOCK = 256
 
 
 class _Plan:
-    """How tokens and channels are cut, and the arguments that both kernels share."""
+    """How tokens and channels are cut, and the launches for streams (and gradients) that lie as `rows` say: shape, strides and
+    address modulo 16 each. Plans are kept: layers and steps that have the same shapes share one."""
 
-    def __init__(self, kernel: str, streams: list[Tensor], weights: list[Tensor], b, cu_seqlens, order):
-        (self.batch, self.T, _), self.device = streams[0].shape, streams[0].device
-        self.widths, self.W = [x.shape[-1] for x in streams], weights[0].shape[-1]
-        self.launch = LAUNCHES[kernel, streams[0].element_size()]
-        self.sequences = self.batch if cu_seqlens is None else len(cu_seqlens) - 1
+    def __init__(self, kernel: str, rows: tuple, b_rows: Optional[tuple], dtype, device, W, sequences, ordered, beta_scale):
+        self.batch, self.T, _ = rows[0][0]
+        self.device, self.W, self.widths = device, W, [shape[-1] for shape, *_ in rows[:3]]
+        self.launch = LAUNCHES[kernel, dtype.itemsize]
+        self.sequences = self.batch if sequences is None else sequences
         self.tiles = [-(-width // self.launch.channels) for width in self.widths]
         warps = self.batch * -(-self.T // self.launch.strip) * sum(self.tiles) * self.launch.warps
-        self.strip = self.launch.strip if warps >= 16 * processors(self.device) else self.launch.short_strip
-        self.table, self.all_have_tokens = None, cu_seqlens is None and order is None
+        self.strip = self.launch.strip if warps >= 16 * processors(device) else self.launch.short_strip
+        self.all_have_tokens = sequences is None and not ordered
         # Of a row with padding, the strips of the padding and of the rest: together one more at most.
-        self.strips_per_row = -(-self.T // self.strip) + (order is not None)
+        self.strips_per_row = -(-self.T // self.strip) + ordered
         self.strips = self.batch * self.strips_per_row
-        if cu_seqlens is not None:
-            self._tabulate(cu_seqlens)
-        self.programs = self.strips * sum(self.tiles)
-        self.beta_sizes = (0, 0, 0, 0, 0) if b is None else (b.shape[2], -(-b[0].numel() // _BETA_BLOCK), *b.stride())
-        self.grid = self.programs + self.batch * self.beta_sizes[1]
-        self.options = {"num_warps": self.launch.warps}
+        if sequences is not None:
+            # An unused tail counts as one more sequence.
+            self.strips = (self.T + (sequences + 1) * (self.strip - 1)) // self.strip
+            self.blocks, self.width = -(-self.strips // 128), sequences + 1
+            numbers = (self.T, sequences, 0, self.strips, self.strip, self.width, self.blocks)
+            self.tabulation = Prepared(span_table_kernel, 2 * self.blocks, numbers, dict(C=CHUNK, BLOCK=128), {})
+        self.run = self._prepare(kernel, rows, b_rows, dtype, beta_scale)
+        numbers, blocks = (self.strips, *self.widths[:2], sum(self.widths)), -(-sum(self.widths) // 64)
+        self.sum = Prepared(sum_kernel, blocks * W, numbers, {"W": W, "BD": 64, "ROWS": 32}, {"num_warps": 4})
 
-    def _tabulate(self, cu_seqlens: Tensor) -> None:
-        # An unused tail counts as one more sequence.
-        self.strips = (self.T + (self.sequences + 1) * (self.strip - 1)) // self.strip
-        self.table = torch.empty((self.strips, 3), dtype=torch.int32, device=self.device)
-        first = torch.empty((2, self.sequences + 1), dtype=torch.int32, device=self.device)
-        blocks, width = -(-self.strips // 128), self.sequences + 1
-        arguments = (cu_seqlens, self.table, first, self.T, self.sequences, 0, self.strips, self.strip, width, blocks)
-        enqueue(span_table_kernel, 2 * blocks, arguments, dict(C=CHUNK, BLOCK=128), {})
+    def _prepare(self, kernel: str, rows: tuple, b_rows: Optional[tuple], dtype, beta_scale: float) -> Prepared:
+        unit, tiles = _unit(rows, dtype.itemsize), (self.tiles[0], self.tiles[1], sum(self.tiles))
+        programs = self.strips * sum(self.tiles)
+        sizes = (beta_scale, self.T, self.strips_per_row, self.strip, programs, *tiles, *(w // unit for w in self.widths))
+        strides = [stride // unit for _, stride, _ in rows for stride in stride[:2]]
+        blocks = 0 if b_rows is None else -(-self.T * b_rows[0][2] // _BETA_BLOCK)
+        of_beta = (0,) * 5 if b_rows is None else (b_rows[0][2], blocks, *b_rows[1])
+        channels, unroll, warps, *_ = self.launch
+        constants = {"W": self.W, "BD": channels, "UNROLL": unroll, "UNIT": unit, "BLOCK": _BETA_BLOCK}
+        run = {"forward": forward_kernel, "backward": backward_kernel}[kernel]
+        grid = programs + self.batch * blocks
+        return Prepared(run, grid, (*sizes, *strides, *of_beta), constants, {"num_warps": warps})
 
-    def sizes(self, beta_scale: float, unit: int) -> tuple:
-        tiles = (self.tiles[0], self.tiles[1], sum(self.tiles))
-        units = [width // unit for width in self.widths]
-        return (beta_scale, self.T, self.strips_per_row, self.strip, self.programs, *tiles, *units)
-
-    def constants(self, unit: int) -> dict:
-        channels, unroll, *_ = self.launch
-        return {"W": self.W, "BD": channels, "UNROLL": unroll, "UNIT": unit, "BLOCK": _BETA_BLOCK}
+    def table(self, cu_seqlens: Optional[Tensor]) -> Optional[Tensor]:
+        if cu_seqlens is None:
+            return None
+        table = torch.empty((self.strips, 3), dtype=torch.int32, device=self.device)
+        first = torch.empty((2, self.width), dtype=torch.int32, device=self.device)
+        self.tabulation(cu_seqlens, table, first)
+        return table
 
     def states(self, given: list[Optional[Tensor]], like: list[Tensor]) -> list[Tensor]:
         """[N, D, W - 1] for a kernel to write; where sequences may have no tokens, those keep what is given, or zero."""
@@ -81,21 +89,27 @@ class _Plan:
         return [x.new_zeros(shape) if y is None else y.to(x.dtype, copy=True) for x, y, shape in zip(like, given, shapes)]
 
 
+keep_plan = functools.lru_cache(maxsize=256)(_Plan)
+
+
+def _plan(kernel: str, strided: list[Tensor], weight: Tensor, b: Optional[Tensor], cu_seqlens, order, beta_scale) -> _Plan:
+    x, sequences = strided[0], None if cu_seqlens is None else len(cu_seqlens) - 1
+    rows = tuple([(x.shape, x.stride(), x.data_ptr() % 16) for x in strided])
+    b_rows = None if b is None else (b.shape, b.stride())
+    return keep_plan(kernel, rows, b_rows, x.dtype, x.device, weight.shape[-1], sequences, order is not None, beta_scale)
+
+
 def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _unit(streams: list[Tensor]) -> int:
+def _unit(rows: tuple, itemsize: int) -> int:
     """Elements of the widest load, up to 16 bytes, that no stride, start or number of channels breaks."""
-    unit = 16 // streams[0].element_size()
-    numbers = [n for x in streams for n in (*x.stride()[:2], x.shape[-1], x.data_ptr() // x.element_size())]
+    unit = 16 // itemsize
+    numbers = [n for shape, stride, start in rows for n in (*stride[:2], shape[-1], start // itemsize)]
     while any(number % unit for number in numbers):
         unit //= 2
     return unit
-
-
-def _strides(streams: list[Tensor], unit: int) -> list[int]:
-    return [stride // unit for x in streams for stride in x.stride()[:2]]
 
 
 def prologue_forward(streams, weights, b, states, beta_scale, output_final_state, cu_seqlens, order=None, padded=None):
@@ -104,13 +118,12 @@ def prologue_forward(streams, weights, b, states, beta_scale, output_final_state
     streams, weights = [_dense(x) for x in streams], [w.contiguous() for w in weights]
     states = [None if state is None else state.contiguous() for state in states]
     with on_device(streams[0]):
-        plan, unit = _Plan("forward", streams, weights, b, cu_seqlens, order), _unit(streams)
+        plan = _plan("forward", streams, weights[0], b, cu_seqlens, order, beta_scale)
         results = [x.new_empty(x.shape) for x in streams]
         finals = plan.states(states, streams) if output_final_state else [None] * 3
         beta = None if b is None else b.new_empty(b.shape, dtype=torch.float32)
-        arguments = (*streams, *weights, *results, *states, *finals, b, beta, plan.table, cu_seqlens, order, padded)
-        arguments += (*plan.sizes(beta_scale, unit), *_strides(streams, unit), *plan.beta_sizes)
-        enqueue(forward_kernel, plan.grid, arguments, plan.constants(unit), plan.options)
+        arguments = (*streams, *weights, *results, *states, *finals, b, beta)
+        plan.run(*arguments, plan.table(cu_seqlens), cu_seqlens, order, padded)
     return results, beta, finals
 
 
@@ -122,18 +135,14 @@ def prologue_backward(
     gradients = [_dense(x) for x in gradients]
     states, dfinals = ([None if x is None else x.contiguous() for x in y] for y in (states, dfinals))
     with on_device(streams[0]):
-        plan, unit = _Plan("backward", streams, weights, b, cu_seqlens, order), _unit([*streams, *gradients])
+        plan = _plan("backward", [*streams, *gradients], weights[0], b, cu_seqlens, order, beta_scale)
         results = [x.new_empty(x.shape) for x in streams]
         dstates = [None] * 3 if states[0] is None else plan.states(dfinals, states)
         db = None if b is None else b.new_empty(b.shape)
         sums = torch.empty((plan.strips, plan.W, sum(plan.widths)), dtype=torch.float32, device=plan.device)
         dbeta = None if dbeta is None else dbeta.contiguous()
         arguments = (*streams, *weights, *states, *gradients, *dfinals, *results, *dstates, sums, b, dbeta, db)
-        arguments += (plan.table, cu_seqlens, order, padded, *plan.sizes(beta_scale, unit))
-        arguments += (*_strides(streams, unit), *_strides(gradients, unit), *plan.beta_sizes)
-        enqueue(backward_kernel, plan.grid, arguments, plan.constants(unit), plan.options)
+        plan.run(*arguments, plan.table(cu_seqlens), cu_seqlens, order, padded)
         dweights = [w.new_empty(w.shape) for w in weights]
-        sum_kernel[(-(-sums.shape[2] // 64), plan.W)](
-            sums, *dweights, plan.strips, *plan.widths[:2], sums.shape[2], W=plan.W, BD=64, ROWS=32, num_warps=4
-        )
+        plan.sum(sums, *dweights)
     return results, dweights, db, dstates

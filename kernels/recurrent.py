@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .devices import on_device
-from .launching import enqueue
+from .launching import Prepared
 
 try:  # Transformers wants every package that custom code imports outside of a `try`
     import triton
@@ -86,13 +86,12 @@ def _run(q, k, v, beta, o, initial, final, indices, cu_seqlens, scale, use_l2) -
     sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
     state = initial if final is None else final
     strides = (0, 0, 0, 0) if state is None else state.stride()
-    arguments = (q, k, v, beta, o, initial, final, indices, cu_seqlens, scale, T, H)
-    arguments += (*q.stride(), *k.stride(), *v.stride(), *beta.stride(), *strides)
+    numbers = (scale, T, H, *q.stride(), *k.stride(), *v.stride(), *beta.stride(), *strides)
     constants = dict(K=K, KP=KP, V=V, BV=columns, L2=use_l2)
+    programs = -(-V // columns) * H * sequences
     with on_device(q):
-        enqueue(
-            recurrent_kernel, -(-V // columns) * H * sequences, arguments, constants, dict(num_warps=4, num_stages=1)
-        )
+        launch = Prepared(recurrent_kernel, programs, numbers, constants, dict(num_warps=4, num_stages=1))
+        launch(q, k, v, beta, o, initial, final, indices, cu_seqlens)
 
 
 def recurrent_forward(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens, keep_states=False):

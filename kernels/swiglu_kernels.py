@@ -1,10 +1,14 @@
 """SwiGLU in Triton, one pass over memory each way; `swiglu.py` says when."""
 
+import functools
+
 try:  # Transformers wants every package that custom code imports outside of a `try`
     import triton
     import triton.language as tl
 except ImportError as error:
     raise ImportError("the fused kernels need Triton") from error
+
+from .launching import Prepared
 
 BLOCK = 2048
 
@@ -35,9 +39,16 @@ def swiglu_gradient_kernel(gate, up, dz, dgate, dup, z, granules, BLOCK: tl.cons
 
 def product(*tensors) -> None:
     """`swiglu_kernel` over contiguous tensors of one shape."""
-    swiglu_kernel[(triton.cdiv(tensors[0].numel(), BLOCK),)](*tensors, tensors[0].numel() // 16, BLOCK=BLOCK)
+    _launch("product", tensors[0].numel(), tensors[0].device)(*tensors)
 
 
 def gradient(*tensors) -> None:
     """`swiglu_gradient_kernel` over contiguous tensors of one shape."""
-    swiglu_gradient_kernel[(triton.cdiv(tensors[0].numel(), BLOCK),)](*tensors, tensors[0].numel() // 16, BLOCK=BLOCK)
+    _launch("gradient", tensors[0].numel(), tensors[0].device)(*tensors)
+
+
+@functools.lru_cache(maxsize=64)
+def _launch(name: str, size: int, device) -> Prepared:
+    """Kept for a device, as `Prepared` asks for."""
+    kernel = {"product": swiglu_kernel, "gradient": swiglu_gradient_kernel}[name]
+    return Prepared(kernel, triton.cdiv(size, BLOCK), (size // 16,), {"BLOCK": BLOCK}, {})

@@ -11,7 +11,6 @@ from cases import DTYPES, Case, limits
 from oracle import NAMES, assert_close, delta_rule, delta_rule_batched, state, tokens, with_gradients
 
 from deltanet.kernels.delta_rule import chunk_delta_rule, delta_rule_step, recurrent_delta_rule
-from deltanet.kernels.launching import enqueue
 
 gpu = pytest.mark.gpu
 pytestmark = [
@@ -48,14 +47,16 @@ def twice(case, rule=chunk_delta_rule):
 def test_kernels_for_hopper(monkeypatch, device, check, dtype, K, V, bounds, span, H):
     """They run wherever a Hopper GPU is; here each beside the kernels that other cards get, on sizes that need padding."""
     from deltanet.kernels import chunk
+    from deltanet.kernels.launching import Prepared
 
     if not chunk.has_copy_engine(device):
         pytest.skip("needs a Hopper GPU and Triton 3.6")
     if span:
         monkeypatch.setattr(chunk, "choose_span", lambda plan: span)
+    monkeypatch.setattr(chunk, "keep_plan", chunk._Plan)
     case = Case(device, DTYPES[dtype], 500, K, V, H=H, bounds=bounds)
-    used = []
-    monkeypatch.setattr(chunk, "enqueue", lambda kernel, *x: (used.append(kernel.__name__), enqueue(kernel, *x)))
+    used, launch = [], Prepared.__call__
+    monkeypatch.setattr(Prepared, "__call__", lambda self, *x: (used.append(self.kernel.__name__), launch(self, *x)))
     results, expected = twice(case), case.expected()
     assert {"hopper_output_kernel", "hopper_scan_kernel"} <= set(used)
     # A span's map is rounded to the dtype chunk by chunk, which the gradient of the initial state passes all of.

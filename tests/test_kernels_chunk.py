@@ -41,6 +41,7 @@ def spans(monkeypatch):
     from deltanet.kernels import chunk
 
     monkeypatch.setattr(chunk, "choose_span", lambda plan: 64)
+    monkeypatch.setattr(chunk, "keep_plan", chunk._Plan)
 
 
 @DTYPE

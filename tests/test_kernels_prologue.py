@@ -34,6 +34,7 @@ def small(monkeypatch, nan_in_fresh_memory):
     launch = pytest.importorskip("deltanet.kernels.prologue_launch")
     for key, value in launch.LAUNCHES.items():
         monkeypatch.setitem(launch.LAUNCHES, key, value._replace(channels=32, unroll=4, strip=8, short_strip=8))
+    monkeypatch.setattr(launch, "keep_plan", launch._Plan)
 
 
 def interpreted(test):

@@ -17,6 +17,7 @@ def span(request, monkeypatch):
 
     if request.param:
         monkeypatch.setattr(chunk, "choose_span", lambda plan: request.param)
+        monkeypatch.setattr(chunk, "keep_plan", chunk._Plan)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
