@@ -90,19 +90,22 @@ class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
             self.dtype, self.device = self.recurrent_states[0].dtype, self.recurrent_states[0].device
             with _changeable_later():
                 # Made there: to copy the count from the host would wait for all that the device has still to do.
-                self.cumulative_length = torch.zeros_like(self.cumulative_length, device=self.device)
+                self.cumulative_length = torch.full_like(self.cumulative_length, num_new_tokens, device=self.device)
             self.is_initialized = True
+        else:
+            self.cumulative_length.add_(num_new_tokens)
         self.has_previous_state = dict.fromkeys(range(3), True)
-        self.cumulative_length.add_(num_new_tokens)
 
     def _copy(self, states: dict, initialized: dict, index: int, value: torch.Tensor, dtype=None) -> None:
         # After a reset nothing is lost with the old buffers, and another batch size may come.
         is_fresh = not self.has_previous_state[0]
         if not initialized[index] or is_fresh and (states[index].shape, states[index].device) != (value.shape, value.device):
-            is_ours = _is_changeable(value) and dtype in (None, value.dtype) and value.is_contiguous()
-            with _changeable_later():
-                # What a forward without gradients has just made is nobody else's, and need not be copied.
-                states[index] = value if is_ours else torch.empty_like(value, dtype=dtype)
+            # What a forward without gradients has just made is nobody else's, and need not be copied.
+            if is_ours := _is_changeable(value) and dtype in (None, value.dtype) and value.is_contiguous():
+                states[index] = value
+            else:
+                with _changeable_later():
+                    states[index] = torch.empty_like(value, dtype=dtype)
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(states[index])
             initialized[index] = True

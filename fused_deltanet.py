@@ -23,7 +23,7 @@ def plain_weight(layer: nn.Module) -> Tensor | None:
     """The weight of a linear layer that does nothing but multiply by it, or `None` of any other module."""
     plain = type(layer) is nn.Linear and layer.bias is None and type(layer.weight) in (Tensor, nn.Parameter)
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer)
-    return layer.weight if plain and not hooked and not hasattr(layer, "_hf_hook") else None
+    return layer.weight if plain and not hooked and "_hf_hook" not in vars(layer) else None
 
 
 def swiglu_linear(gate: Tensor, up: Tensor, down: nn.Module) -> Tensor:

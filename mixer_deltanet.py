@@ -17,6 +17,7 @@ from .kernels.context_parallel import context_parallel_delta_rule, neighbouring_
 from .kernels.decode_step import decode_step
 from .kernels.delta_rule import chunk_delta_rule, delta_rule_step, recurrent_delta_rule
 from .kernels.prologue import delta_rule_prologue
+from .kernels.prompt import delta_rule_prompt, takes_prompt
 from .kernels.reference import compute_dtype
 from .kernels.short_conv import short_convolution_step
 from .layout_deltanet import TokenLayout
@@ -27,7 +28,7 @@ _NORM_IS_FUSED = hasattr(torch.ops.aten, "_fused_rms_norm")
 
 def local(weight: torch.Tensor) -> torch.Tensor:
     """This rank's part of a weight."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight
+    return weight if type(weight) is nn.Parameter or not hasattr(weight, "to_local") else weight.to_local()
 
 
 class DeltaNetRMSNorm(nn.Module):
@@ -42,12 +43,13 @@ class DeltaNetRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kind = x.device.type
+        kind, weight = x.device.type, self.weight
         result = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         # PyTorch's fused kernels do the same in one pass where all dtypes agree, and keep half as much for the backward.
-        is_fused = x.is_cuda and _NORM_IS_FUSED and self.weight.dtype == x.dtype == result
-        dtype = x.dtype if is_fused else compute_dtype(x.dtype)
-        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(result)
+        if x.is_cuda and _NORM_IS_FUSED and weight.dtype == x.dtype == result:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        dtype = compute_dtype(x.dtype)
+        return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), self.eps).to(result)
 
 
 class DeltaNetShortConvolution(nn.Conv1d):
@@ -71,6 +73,7 @@ class DeltaNetMixer(nn.Module):
         qk_silu = "silu" if config.qk_activation == "silu" else None
         self.activations = (qk_silu, qk_silu, "silu")
         self.use_short_conv, self.use_beta, self.use_gate = config.use_short_conv, config.use_beta, config.use_gate
+        self.conv_size = config.conv_size
         self.is_fusable = config.use_short_conv and config.qk_activation == "silu" and config.qk_norm == "l2"
         self.beta_scale = 2.0 if config.allow_neg_eigval else 1.0
         self.delta_rule = chunk_delta_rule if config.attn_mode == "chunk" else recurrent_delta_rule
@@ -102,9 +105,20 @@ class DeltaNetMixer(nn.Module):
             prefetch_next_layer(past_key_values, self.layer_idx, hidden_states.device)
             conv_states, state = cache.read(hidden_states)
         is_step = state is not None and hidden_states.shape[1] == 1 and layout.real is None and not torch.is_grad_enabled()
-        if is_step and self._can_fuse(hidden_states):
+        can_fuse = self._can_fuse(hidden_states)
+        if is_step and can_fuse:
             return self._fused_step(hidden_states, cache, conv_states, state)
+        if can_fuse and self._takes_prompt(hidden_states, layout):
+            o = self._fused_prompt(hidden_states, layout, cache, conv_states, state)
+        else:
+            o = self._composed(hidden_states, layout, cache, conv_states, state, is_step)
+        o = self.o_norm(o)
+        if self.use_gate:
+            o = o * F.silu(self.g_proj(hidden_states)).unflatten(-1, (-1, self.head_v_dim))
+        return self.o_proj(o.flatten(-2))
 
+    def _composed(self, hidden_states, layout, cache, conv_states, state, is_step):
+        """The outputs [B, T, H, V] of the delta rule, one operation after the other."""
         q, k, v, beta, conv_states = self._project(hidden_states, conv_states, layout, cache is not None, is_step)
         use_l2 = self.qk_norm == "l2"
         if is_step:
@@ -121,14 +135,10 @@ class DeltaNetMixer(nn.Module):
             )
             if cache is not None:
                 cache.write(conv_states, final_state, hidden_states.shape[1])
-
-        o = self.o_norm(o)
-        if self.use_gate:
-            o = o * F.silu(self.g_proj(hidden_states)).unflatten(-1, (-1, self.head_v_dim))
-        return self.o_proj(o.flatten(-2))
+        return o
 
     def _can_fuse(self, hidden_states: torch.Tensor) -> bool:
-        """Whether `decode_step` does what the modules between the projections would: they are our own, nobody watches them,
+        """Whether one operation does what the modules between the projections would: they are our own, nobody watches them,
         and their weights are here, which an offloaded module's are during its own forward only."""
         device = hidden_states.device
         return self.is_fusable and all(
@@ -143,6 +153,28 @@ class DeltaNetMixer(nn.Module):
             )
         )
 
+    def _takes_prompt(self, hidden_states: torch.Tensor, layout: TokenLayout) -> bool:
+        is_usual = self.use_beta and self.delta_rule is chunk_delta_rule and layout.cu_seqlens is layout.segment is None
+        return is_usual and takes_prompt(hidden_states, self.head_k_dim, self.conv_size)
+
+    def _fused_prompt(self, hidden_states, layout, cache, conv_states, state):
+        """As `_composed`, for a prompt of which no gradient is wanted."""
+        o, conv_states, state = delta_rule_prompt(
+            [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states), self.b_proj(hidden_states)],
+            self._convolution_weights(),
+            beta_scale=self.beta_scale,
+            conv_states=conv_states,
+            state=None if state is None else state.float(),
+            padding_order=layout.order,
+        )
+        if cache is not None:
+            cache.write(conv_states, state, hidden_states.shape[1])
+        return o
+
+    def _convolution_weights(self) -> list[torch.Tensor]:
+        """For operations that `_can_fuse` has allowed."""
+        return [local(convolution.weight) for convolution in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
+
     def _fused_step(self, hidden_states, cache, conv_states, state):
         """`forward` for one token with a state and no padding, all states updated in place."""
         o = decode_step(
@@ -153,7 +185,7 @@ class DeltaNetMixer(nn.Module):
             self.g_proj(hidden_states)[:, 0] if self.use_gate else None,
             conv_states,
             state,
-            [local(convolution.weight) for convolution in (self.q_conv1d, self.k_conv1d, self.v_conv1d)],
+            self._convolution_weights(),
             local(self.o_norm.weight),
             norm_eps=self.o_norm.eps,
             beta_scale=self.beta_scale,

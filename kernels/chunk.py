@@ -32,7 +32,7 @@ except ImportError:  # a Triton that has no Gluon: `has_copy_engine` says no
 _SHORTEST_SPAN, _FEWEST_SPANS = 32, 4
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """How a tensor [B, T, H, D] lies that is read in place; `start` is its address modulo 16."""
 
     shape: tuple[int, ...]
@@ -75,7 +75,7 @@ class _Plan:
     Plans are kept: layers and training steps that have the same shapes share one.
     """
 
-    def __init__(self, rows: tuple[_Rows, ...], dtype: torch.dtype, device, sequences: Optional[int], backward: bool):
+    def __init__(self, rows: tuple[Rows, ...], dtype: torch.dtype, device, sequences: Optional[int], backward: bool):
         self.rows, self.backward, self.dtype, self.device = rows, backward, dtype, device
         self.unit = min(x.unit for x in rows)
         (self.batch, self.T, self.H, self.K), self.V = rows[0].shape, rows[2].shape[-1]
@@ -124,7 +124,7 @@ class _Plan:
             options["maxnreg"] = chosen.registers
         return chosen.columns, options
 
-    def strides(self, *rows: _Rows) -> list[int]:
+    def strides(self, *rows: Rows) -> list[int]:
         return [stride // self.unit for x in rows for stride in x.stride[:3]]
 
     @property
@@ -150,21 +150,25 @@ class _Plan:
 keep_plan = functools.lru_cache(maxsize=256)(_Plan)
 
 
-class _Batch:
-    """Tensors [B, T, H, D], rows made dense, the plan for them and their tables."""
+class Batch(NamedTuple):
+    """q, k, v [B, T, H, D], in the backward do as well, with dense rows; the plan for them and their tables."""
 
-    def __init__(self, tensors: tuple[Tensor, ...], cu_seqlens: Optional[Tensor], backward: bool = False):
-        q = tensors[0]
-        self.tensors = [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors]
-        itemsize, sequences = q.dtype.itemsize, None if cu_seqlens is None else len(cu_seqlens) - 1
-        rows = tuple([_Rows(x.shape, x.stride(), x.data_ptr() % 16, itemsize) for x in self.tensors])
-        self.plan: _Plan = keep_plan(rows, q.dtype, q.device, sequences, backward)
-        self.cut = self.plan.tabulate(cu_seqlens)
+    tensors: list[Tensor]
+    plan: _Plan
+    cut: _Cut = _Cut()
 
     @property
     def with_gradient(self) -> list[Tensor]:
         """q, k, v and do; of a forward pass, which has no do, v stands in for it and is not read."""
         return [*self.tensors, self.tensors[2]][:4]
+
+
+def _batch(tensors: tuple[Tensor, ...], cu_seqlens: Optional[Tensor], backward: bool = False) -> Batch:
+    q, sequences = tensors[0], None if cu_seqlens is None else len(cu_seqlens) - 1
+    tensors = [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors]
+    rows = tuple([Rows(x.shape, x.stride(), x.data_ptr() % 16, q.dtype.itemsize) for x in tensors])
+    plan = keep_plan(rows, q.dtype, q.device, sequences, backward)
+    return Batch(tensors, plan, plan.tabulate(cu_seqlens))
 
 
 def _multiple_of_four(x: int) -> int:
@@ -201,7 +205,8 @@ def chunk_forward(q, k, v, beta, scale, initial_state, output_final_state, use_l
     factors [3, B, H, T] of every token in float32 (1/|k|, beta and scale/|q|) and, both empty without `keep_states`, the
     states [chunks, H, K, V] that enter the chunks and the errors [B, T, H, V] of the tokens, in the dtype of q."""
     with on_device(q):
-        return _forward(q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens, keep_states)
+        batch = _batch((q, k, v), cu_seqlens)
+        return outputs(batch, beta, scale, initial_state, output_final_state, use_l2, keep_states)
 
 
 class Mapped(NamedTuple):
@@ -213,7 +218,7 @@ class Mapped(NamedTuple):
     offsets: Optional[Tensor]
 
 
-def _map(batch: _Batch, beta: Tensor, o: Tensor, use_l2: bool, spans: bool) -> Mapped:
+def _map(batch: Batch, beta: Tensor, o: Tensor, use_l2: bool, spans: bool) -> Mapped:
     """`o` is where packed sequences want zeros behind the last one; `spans` asks for maps and offsets."""
     plan = batch.plan
     tau = plan.new(plan.batch, plan.T, plan.H, CHUNK)
@@ -227,18 +232,18 @@ def _map(batch: _Batch, beta: Tensor, o: Tensor, use_l2: bool, spans: bool) -> M
     return Mapped(tau, factors, maps, offsets)
 
 
-def _forward(
-    q, k, v, beta, scale, initial_state, output_final_state, use_l2, cu_seqlens, keep_states,
+def outputs(
+    batch: Batch, beta, scale, initial_state, output_final_state, use_l2, keep_states=False,
     mapped: Optional[Mapped] = None,
 ):  # fmt: skip
-    batch = _Batch((q, k, v), cu_seqlens)
+    """`chunk_forward` of a batch on the current device."""
     plan = batch.plan
     initial_state = None if initial_state is None else initial_state.contiguous()
-    o = plan.new(*v.shape)
+    o = plan.new(plan.batch, plan.T, plan.H, plan.V)
     tau, factors, maps, offsets = mapped or _map(batch, beta, o, use_l2, plan.split)
     starts = _join(batch, maps, offsets, initial_state, reverse=False) if plan.split else initial_state
     final_state = plan.states(initial_state) if output_final_state else None
-    kept = (plan.new(plan.chunks, plan.H, plan.K, plan.V), plan.new(*v.shape)) if keep_states else (None, None)
+    kept = (plan.new(plan.chunks, plan.H, plan.K, plan.V), torch.empty_like(o)) if keep_states else (None, None)
     write = plan.prepared(_output, scale, use_l2)
     write(*batch.tensors, tau, factors, o, starts, final_state, *kept, *batch.cut.of_spans)
     final_state = factors.new_empty(0) if final_state is None else final_state
@@ -270,7 +275,7 @@ def _output(plan: _Plan, scale: float, use_l2: bool) -> Prepared:
     return Prepared(output_kernel, programs, numbers, constants | plan.plain, options)
 
 
-def _scan(batch: _Batch, tau, factors, forward=None, reverse=None, store=True) -> None:
+def _scan(batch: Batch, tau, factors, forward=None, reverse=None, store=True) -> None:
     """One launch of `scan_kernel`. `forward` is (states, errors, initial, maps, offsets), `reverse` (states, slots,
     initial, final); either may be None."""
     scan = batch.plan.prepared(_both_scans, forward is not None, reverse is not None, store)
@@ -299,7 +304,7 @@ def _maps(plan: _Plan) -> tuple[Tensor, Tensor]:
     return plan.new(*shape, plan.K, dtype=torch.float32), plan.new(*shape, plan.V, dtype=torch.float32)
 
 
-def _join(batch: _Batch, maps: Tensor, offsets: Tensor, initial: Optional[Tensor], reverse: bool) -> Tensor:
+def _join(batch: Batch, maps: Tensor, offsets: Tensor, initial: Optional[Tensor], reverse: bool) -> Tensor:
     """The state with which every span starts, or in reverse the gradient with which it ends: [spans, H, K, V]."""
     result = torch.empty_like(offsets)
     batch.plan.prepared(_joining, reverse)(maps, offsets, initial, result, batch.cut.first_span)
@@ -320,13 +325,13 @@ def chunk_backward(
     """Gradients as in `reference.chunk_backward`; the others are what the forward saved, or empty."""
     with on_device(q):
         if not tau.numel():
-            tau, factors = _forward(q, k, v, beta, scale, initial_state, False, use_l2, cu_seqlens, False)[2:4]
+            tau, factors = outputs(_batch((q, k, v), cu_seqlens), beta, scale, initial_state, False, use_l2)[2:4]
         kept = (states, errors) if states.numel() else None
         return _backward(do, dht, q, k, v, beta, tau, factors, initial_state, use_l2, cu_seqlens, kept)
 
 
 def _backward(do, dht, q, k, v, beta, tau, factors, initial_state, use_l2, cu_seqlens, kept):
-    batch = _Batch((q, k, v, do), cu_seqlens, backward=True)
+    batch = _batch((q, k, v, do), cu_seqlens, backward=True)
     plan = batch.plan
     initial_state, dht = (None if z is None else z.contiguous() for z in (initial_state, dht))
     starts, ends = initial_state, dht

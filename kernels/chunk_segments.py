@@ -7,7 +7,7 @@ that a row that is cut into spans anyway is mapped at no cost but the product of
 import torch
 from torch import Tensor
 
-from .chunk import Mapped, _Batch, _forward, _map, _maps, _Plan, _scan
+from .chunk import Mapped, _batch, _map, _maps, _Plan, _scan, outputs
 from .devices import on_device
 
 
@@ -15,7 +15,7 @@ def segment_map(k: Tensor, v: Tensor, beta: Tensor, use_l2: bool) -> tuple[Tenso
     """[N | M] of every row of [B, T, H, K] keys and [B, T, H, V] values, [B, H, K, V + K] float32, and what a forward over
     the same rows need not compute again."""
     with on_device(k):
-        batch = _Batch((k, k, v), None)
+        batch = _batch((k, k, v), None)
         plan = batch.plan
         # Without packed sequences nothing is written to the place of the output.
         mapped = _map(batch, beta, v, use_l2, spans=True)
@@ -30,7 +30,8 @@ def segment_map(k: Tensor, v: Tensor, beta: Tensor, use_l2: bool) -> tuple[Tenso
 def mapped_forward(q, k, v, beta, scale: float, initial_state, output_final_state: bool, use_l2: bool, mapped: Mapped):
     """`chunk.chunk_forward` of rows that `segment_map` has mapped."""
     with on_device(q):
-        return _forward(q, k, v, beta, scale, initial_state, output_final_state, use_l2, None, False, mapped)
+        batch = _batch((q, k, v), None)
+        return outputs(batch, beta, scale, initial_state, output_final_state, use_l2, mapped=mapped)
 
 
 def entering_gradient(do, q, k, v, beta, tau, factors, maps, scale: float, use_l2: bool) -> Tensor:
@@ -42,7 +43,7 @@ def entering_gradient(do, q, k, v, beta, tau, factors, maps, scale: float, use_l
             tau, factors = mapped_forward(q, k, v, beta, scale, None, False, use_l2, mapped)[2:4]
             maps = mapped.maps
         # The spans of the forward: a backward runs its two scans over whole rows unless the card were all but idle.
-        batch = _Batch((q, k, v, do), None)
+        batch = _batch((q, k, v, do), None)
         plan = batch.plan
         gradients = _maps(plan)[1]
         reverse = (None, None, None, gradients)

@@ -14,6 +14,7 @@ Glossary, the paper's symbols as they appear in every file of this folder:
     h0, ht     initial and final state          do, dht  gradients of o and of the final state
 """
 
+import contextlib
 import functools
 import logging
 from typing import Callable, NamedTuple, Optional
@@ -225,7 +226,8 @@ def fused_kernels_missing(device: torch.device, dtype: torch.dtype, K: int) -> s
 
 def _own_precision(q: Tensor):
     """Autocast reaches into operators; the arithmetic here keeps the precision that it chose."""
-    return torch.autocast(q.device.type, enabled=False)
+    kind = q.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 _FORWARD = (

@@ -39,6 +39,11 @@ def fused_kernels_refuse(device: torch.device, dtype: torch.dtype, K: int) -> st
     if device.type != "cuda":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return "" if interpreted else f"the Triton kernels do not run on {device.type} without TRITON_INTERPRET=1"
+    return _gpu_refuses(device, dtype, K)
+
+
+@functools.cache
+def _gpu_refuses(device: torch.device, dtype: torch.dtype, K: int) -> str:
     if dtype == torch.float32 and K > 128:
         return "float32 with heads of more than 128 does not fit the shared memory of the Triton kernels"
     if torch.version.hip is not None:

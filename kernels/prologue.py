@@ -91,14 +91,14 @@ def delta_rule_prologue(
 
 def _not_covered(streams, weights, activations, initial_states) -> str:
     """Why the kernels do not take these arguments, on any device; empty where they do."""
-    width = weights[0].shape[-1]
-    if any(activation != "silu" for activation in activations):
+    widths = [weight.shape[-1] for weight in weights]
+    if set(activations) != {"silu"}:
         return "an activation other than SiLU"
-    if width not in WIDTHS or any(weight.shape[-1] != width for weight in weights):
-        return f"widths {[weight.shape[-1] for weight in weights]}, not one of {', '.join(map(str, WIDTHS))}"
-    given = [state for state in initial_states if state is not None]
-    if len(given) not in (0, 3) or any(len({x.dtype for x in xs}) > 1 for xs in (streams, weights, given)):
-        return "q, k and v differ in their dtypes or states"
+    if widths[0] not in WIDTHS or widths.count(widths[0]) < 3:
+        return f"widths {widths}, not one of {', '.join(map(str, WIDTHS))}"
+    for tensors in (streams, weights, initial_states):
+        if len({None if x is None else x.dtype for x in tensors}) > 1:
+            return "q, k and v differ in their dtypes or states"
     return ""
 
 

@@ -35,8 +35,8 @@ _BETA_BLOCK = 256
 
 
 class _Plan:
-    """How tokens and channels are cut, and the launches for streams (and gradients) that lie as `rows` say: shape, strides and
-    address modulo 16 each. Plans are kept: layers and steps that have the same shapes share one."""
+    """How tokens and channels are cut, and the launches for streams (and gradients) that lie as `rows` say: shape, strides
+    and address modulo 16 each. Plans are kept: layers and steps that have the same shapes share one."""
 
     def __init__(self, kernel: str, rows: tuple, b_rows: Optional[tuple], dtype, device, W, sequences, ordered, beta_scale):
         self.batch, self.T, _ = rows[0][0]

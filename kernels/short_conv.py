@@ -22,6 +22,7 @@ class PaddingOrder(NamedTuple):
     scatter: Tensor  # [B * T] row of the flattened sorted output for every token
     real: Tensor  # [B, T] bool
     padded: Tensor  # [B] number of padded tokens
+    absent: Tensor  # [B, T, 1] bool, where `real` is not
 
 
 def padding_order(mask: Tensor, width: int) -> PaddingOrder:
@@ -41,7 +42,7 @@ def padding_order(mask: Tensor, width: int) -> PaddingOrder:
     row = torch.arange(B, device=mask.device)[:, None]
     # The W - 1 states precede every real token, so only a padded token lands before position W - 1.
     scatter = row * T + (place[:, past:] - past).clamp(min=0)
-    return PaddingOrder((row * length + order).flatten(), scatter.flatten(), real, (~real).sum(1))
+    return PaddingOrder((row * length + order).flatten(), scatter.flatten(), real, (~real).sum(1), ~real[..., None])
 
 
 def short_convolution(
