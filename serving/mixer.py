@@ -1,7 +1,6 @@
 """The delta-rule layer over states that vLLM keeps in slots, as one operator that no compiler looks into."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
@@ -46,7 +45,6 @@ class DeltaNetMixer(nn.Module, MambaBase):
         self.shapes, self.dtypes = state_shapes(vllm_config), state_dtypes(vllm_config)
         self.rank, self.ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         self.recurrence = Recurrence(config, config.num_heads // self.ranks)
-        self.beta_scale = 2.0 if config.allow_neg_eigval else 1.0
 
         width, options = config.hidden_size, {"bias": False, "return_bias": False}
         keys, values = self.recurrence.keys * self.ranks, self.recurrence.values * self.ranks
@@ -99,41 +97,36 @@ class DeltaNetMixer(nn.Module, MambaBase):
         real = len(hidden_states) if batch is None else batch.num_decode_tokens + batch.num_prefill_tokens
         x, recurrence = hidden_states[:real], self.recurrence
         qkv, gate = self.in_proj(x).tensor_split([2 * recurrence.keys + recurrence.values], -1)
+        b = None if self.b_proj is None else self.b_proj(x)
         recur = self._rehearse if batch is None else self._recur
-        o = self.o_norm(recur(qkv, self._writing_strength(x), batch))
-        if gate.shape[-1]:
-            o = o * F.silu(gate).view_as(o)
-        output[:real] = self.o_proj(o.flatten(-2))
+        output[:real] = self.o_proj(recur((qkv, b, gate if gate.shape[-1] else None), batch))
         output[real:] = 0
 
     @property
-    def _conv_weight(self) -> torch.Tensor | None:
-        return None if self.conv1d is None else self.conv1d.weight
+    def _parameters_between(self) -> tuple[torch.Tensor | None, DeltaNetRMSNorm]:
+        return None if self.conv1d is None else self.conv1d.weight, self.o_norm
 
-    def _writing_strength(self, x: torch.Tensor) -> torch.Tensor:
-        """Beta, [tokens, H] in float32."""
-        if self.b_proj is None:
-            return x.new_full((len(x), self.recurrence.num_heads), self.beta_scale, dtype=torch.float32)
-        return self.b_proj(x).float().sigmoid() * self.beta_scale
-
-    def _recur(self, qkv: torch.Tensor, beta: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _recur(self, projections: tuple[torch.Tensor | None, ...], batch: Batch) -> torch.Tensor:
         """Outputs of requests that decode, which vLLM puts first, and of parts of prompts."""
-        weight, decoded = self._conv_weight, batch.num_decode_tokens
-        parts = []
+        decoded, parts = batch.num_decode_tokens, []
         if decoded:
+            own = (None if x is None else x[:decoded] for x in projections)
             slots = batch.state_indices_tensor_d[:, 0]
-            parts.append(self.recurrence.decode(qkv[:decoded], beta[:decoded], weight, self.kv_cache, slots))
+            parts.append(self.recurrence.decode(*own, *self._parameters_between, self.kv_cache, slots))
         if batch.num_prefill_tokens:
+            own = (None if x is None else x[decoded:] for x in projections)
             layout = (batch.state_indices_tensor_p, batch.has_initial_states_p, batch.query_start_loc_p)
-            parts.append(self.recurrence.prefill(qkv[decoded:], beta[decoded:], weight, self.kv_cache, *layout))
+            parts.append(self.recurrence.prefill(*own, *self._parameters_between, self.kv_cache, *layout))
         return torch.cat(parts)
 
-    def _rehearse(self, qkv: torch.Tensor, beta: torch.Tensor, _: None) -> torch.Tensor:
+    def _rehearse(self, projections: tuple[torch.Tensor | None, ...], _: None) -> torch.Tensor:
         """vLLM measures memory and compiles kernels before there are states: one prompt, nothing kept."""
+        qkv = projections[0]
         slots = torch.full((1,), NULL_SLOT, device=qkv.device)
         states = [qkv.new_zeros((1, *shape), dtype=dtype) for shape, dtype in zip(self.shapes, self.dtypes)]
         bounds = torch.tensor([0, len(qkv)], dtype=torch.int32, device=qkv.device)
-        return self.recurrence.prefill(qkv, beta, self._conv_weight, states, slots, slots != NULL_SLOT, bounds)
+        layout = (slots, slots != NULL_SLOT, bounds)
+        return self.recurrence.prefill(*projections, *self._parameters_between, states, *layout)
 
 
 def deltanet_mixer(hidden_states: torch.Tensor, output: torch.Tensor, layer_name: str) -> None:

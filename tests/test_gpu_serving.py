@@ -1,9 +1,12 @@
 """The states of a server in slots, with the fused kernels on a GPU; vLLM itself is not needed."""
 
+import copy
+
 import pytest
 import torch
 from models import tiny_config
 
+from deltanet.mixer_deltanet import DeltaNetRMSNorm
 from deltanet.serving.recurrence import NULL_SLOT, Recurrence
 
 pytestmark = pytest.mark.gpu
@@ -24,7 +27,9 @@ class Server:
         shape, channels = self.recurrence.state_shapes[0], self.recurrence.state_shapes[1][0]
         self.weight = (torch.randn(channels, 1, 4, generator=generator) / 2).to(dtype).to(device)
         self.qkv = [torch.randn(n + DECODED, channels, generator=generator).to(dtype).to(device) for n in lengths]
-        self.beta = [torch.rand(n + DECODED, 4, generator=generator).to(device) for n in lengths]
+        self.b = [torch.randn(n + DECODED, 4, generator=generator).to(dtype).to(device) for n in lengths]
+        self.norm = DeltaNetRMSNorm(head_dim, 1e-5).requires_grad_(False).to(device, dtype)
+        torch.nn.init.normal_(self.norm.weight, 1, 0.2, generator=torch.Generator(device).manual_seed(0))
         # A page of bytes for each slot, so that neither state is contiguous over slots.
         sizes = 4 * torch.Size(shape).numel(), dtype.itemsize * channels * 3
         pages = torch.full((SLOTS, sum(sizes) + 128), 0xFF, dtype=torch.uint8, device=device)
@@ -36,23 +41,27 @@ class Server:
         """Of request i, in one piece."""
         double = {"dtype": torch.float64, "device": "cpu"}
         states = tuple(torch.zeros(2, *shape, **double) for shape in self.recurrence.state_shapes)
-        arguments = (x.to(**double) for x in (self.qkv[i], self.beta[i], self.weight))
-        where, bounds = torch.tensor([1]), torch.tensor([0, len(self.qkv[i])])
-        return self.recurrence.prefill(*arguments, states, where, torch.tensor([False]), bounds)
+        qkv, b, weight = (x.to(**double) for x in (self.qkv[i], self.b[i], self.weight))
+        norm = copy.deepcopy(self.norm).to(**double)
+        layout = (torch.tensor([1]), torch.tensor([False]), torch.tensor([0, len(qkv)]))
+        return self.recurrence.prefill(qkv, b, None, weight, norm, states, *layout)
 
     def prefill(self, pieces, known):
         """`pieces` are (start, stop) of the requests."""
-        parts = [(x[a:b], y[a:b]) for x, y, (a, b) in zip(self.qkv, self.beta, pieces)]
-        qkv, beta = (torch.cat(list(x)) for x in zip(*parts))
+        parts = [(x[start:stop], y[start:stop]) for x, y, (start, stop) in zip(self.qkv, self.b, pieces)]
+        qkv, b = (torch.cat(list(x)) for x in zip(*parts))
         counts = torch.tensor([b - a for a, b in pieces], device=qkv.device)
         bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
         known = torch.full((len(pieces),), known, device=qkv.device)
-        o = self.recurrence.prefill(qkv, beta, self.weight, self.states, self.slots, known, bounds)
+        o = self.recurrence.prefill(qkv, b, None, self.weight, self.norm, self.states, self.slots, known, bounds)
         return o.split(counts.tolist())
 
     def inputs_of_step(self, step):
-        rows = [(x[step - DECODED], y[step - DECODED]) for x, y in zip(self.qkv, self.beta)]
+        rows = [(x[step - DECODED], y[step - DECODED]) for x, y in zip(self.qkv, self.b)]
         return [torch.stack(list(x)) for x in zip(*rows)]
+
+    def decode(self, qkv, b, slots):
+        return self.recurrence.decode(qkv, b, None, self.weight, self.norm, self.states, slots)
 
 
 def relative_error(actual, expected):
@@ -69,7 +78,7 @@ def test_prompts_in_two_pieces_and_decoding_over_pages(device, dtype, head_dim):
     outputs = [[o] for o in server.prefill([(0, half) for half in halves], known=False)]
     second = server.prefill([(half, n) for half, n in zip(halves, LENGTHS)], known=True)
     for step in range(DECODED):
-        decoded = server.recurrence.decode(*server.inputs_of_step(step), server.weight, server.states, server.slots)
+        decoded = server.decode(*server.inputs_of_step(step), server.slots)
         for i, row in enumerate(decoded):
             outputs[i].append(row[None])
     for i, parts in enumerate(outputs):
@@ -80,11 +89,11 @@ def test_prompts_in_two_pieces_and_decoding_over_pages(device, dtype, head_dim):
 def test_a_captured_step_with_rows_to_spare_continues_the_states(cuda):
     server = Server(torch.bfloat16, cuda, 128, [5, 70])
     outputs = [[o] for o in server.prefill([(0, 5), (0, 70)], known=False)]
-    qkv, beta = (torch.cat([x, x]) for x in server.inputs_of_step(0))
+    qkv, b = (torch.cat([x, x]) for x in server.inputs_of_step(0))
     slots = torch.full((4,), NULL_SLOT, dtype=torch.int32, device=cuda)
 
     def step():
-        return server.recurrence.decode(qkv, beta, server.weight, server.states, slots)
+        return server.decode(qkv, b, slots)
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -95,7 +104,7 @@ def test_a_captured_step_with_rows_to_spare_continues_the_states(cuda):
         o = step()
     slots[:2] = server.slots
     for number in range(DECODED):
-        for target, new in zip((qkv, beta), server.inputs_of_step(number)):
+        for target, new in zip((qkv, b), server.inputs_of_step(number)):
             target[:2] = new
         graph.replay()
         for i in range(2):

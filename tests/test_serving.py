@@ -10,15 +10,17 @@ from models import tiny_config, tiny_model
 from transformers import AutoConfig
 
 from deltanet import DeltaNetConfig
+from deltanet.kernels.decode_step import decode_step
 from deltanet.layout_deltanet import TokenLayout
 from deltanet.mixer_deltanet import DeltaNetMixer
-from deltanet.serving import plugin
+from deltanet.serving import plugin, recurrence
 from deltanet.serving.recurrence import NULL_SLOT, Recurrence
 
 OPTIONS = [
     {},
-    {"expand_k": 0.5, "expand_v": 2.0, "allow_neg_eigval": True},
-    {"use_short_conv": False},
+    {"expand_k": 0.5, "expand_v": 2.0, "allow_neg_eigval": True, "use_gate": True},
+    {"use_beta": False, "conv_size": 3},
+    {"use_short_conv": False, "use_gate": True},
     {"use_short_conv": False, "qk_activation": "identity"},
     {"qk_activation": "elu", "qk_norm": "sum", "use_beta": False},
     {"qk_activation": "relu", "conv_size": 2, "attn_mode": "fused_recurrent"},
@@ -47,17 +49,16 @@ class Requests:
 
     def expected(self):
         seen = []
-        with self.mixer.o_norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0])):
+        with self.mixer.o_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0])):
             for x in self.inputs:
                 self.mixer(x[None], TokenLayout())
         return seen
 
     def project(self, x):
-        mixer, layout = self.mixer, TokenLayout()
-        q, k, v = mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)
-        b = mixer.b_proj(x[None]) if mixer.use_beta else None
-        beta = mixer._writing_strength(b, None, v[None].unflatten(-1, (2, -1)), layout)[0]
-        return torch.cat([q, k, v], -1), beta, self.weight()
+        mixer = self.mixer
+        qkv = torch.cat([mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)], -1)
+        b, gate = mixer.b_proj(x) if mixer.use_beta else None, mixer.g_proj(x) if mixer.use_gate else None
+        return qkv, b, gate, self.weight(), mixer.o_norm
 
     def weight(self):
         if not self.mixer.use_short_conv:
@@ -94,6 +95,20 @@ def test_any_schedule_of_tokens_gives_what_the_layer_gives(options):
         requests.advance(step, slots)
         for i, count in step.items():
             rest[i] -= count
+    for o, expected in zip(requests.outputs, requests.expected()):
+        torch.testing.assert_close(torch.cat(o), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
+def test_the_fused_step_takes_slots_as_a_server_lays_them_out(monkeypatch, options):
+    """Where the kernel did not take them, the interpreter's processes would raise an error."""
+    calls = []
+    monkeypatch.setattr(recurrence, "decode_step", lambda *x, **y: calls.append(1) or decode_step(*x, **y))
+    requests, slots = Requests(options, [6, 4]), [4, 2]
+    for step in ({0: 3, 1: 2}, {0: 1}, {0: 1, 1: 1}, {0: 1, 1: 1}):
+        requests.advance(step, slots)
+    assert len(calls) == 3
     for o, expected in zip(requests.outputs, requests.expected()):
         torch.testing.assert_close(torch.cat(o), expected, atol=1e-5, rtol=1e-5)
 
