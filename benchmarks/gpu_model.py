@@ -1,6 +1,6 @@
 """Whole models on a GPU in bfloat16: ours, a Llama of the same size, flash-linear-attention's DeltaNet.
 
-    python -m deltanet.benchmarks.gpu_model [--part generate prefill train decode account] [--peers ours llama fla]
+    python -m deltanet.benchmarks.gpu_model [--part generate prefill train decode account host] [--peers ours llama fla]
         [--cells 1.3B_B8 ...] [--seconds 560] [--output FILE]
     python -m deltanet.benchmarks.gpu_model --plot [--output FILE]     draws FILE, on any machine
 
@@ -9,6 +9,7 @@
     train      forward with loss and backward: tokens a second, MFU, peak memory
     decode     tokens a second and memory of a generated token behind a context of up to 131,072 tokens
     account    where the time of a token in `generate` goes
+    host       what a prompt costs the host: until the call returns, by class of module, and how often it waits
 
 MFU is tokens/s x (6 N + 3 M) / the device's data sheet, 989 TFLOP/s for an H100; `train/flops.py` defines N and M. Every
 peer runs in a process of its own, ours first. Cells are written to FILE as they come, and a cell that is there already,
@@ -36,6 +37,8 @@ PEER_PACKAGES = ("fla-core", "flash-qla", "tilelang")
 
 BATCHES = (1, 8, 32, 128)
 PROMPT = 128
+HOST_PROMPTS = (64, 2048)
+"""The first keeps the device busy for next to no time: its wall time is the host's."""
 PREFILLS = (2048, 8192, 32768, 131072)
 TRAINING = (("1.3B", 8, 2048), ("1.3B", 4, 4096), ("1.3B", 2, 8192), ("1.3B", 1, 16384), ("340M", 32, 2048))
 CONTEXTS = {1: (512, 2048, 8192, 32768, 131072), 16: (512, 2048, 8192, 16384)}
@@ -55,12 +58,14 @@ def plan(part: str, peer: str) -> list[dict]:
         cells += [{"size": "1.3B", "B": B, "T": 16384 // B, "variant": variant} for variant in variants for B in (8, 1)]
     elif part == "decode":
         cells = [{"size": "1.3B", "B": B, "T": T} for B, contexts in CONTEXTS.items() for T in contexts]
+    elif part == "host":
+        cells = [{"size": "1.3B", "B": 1, "T": T} for T in HOST_PROMPTS]
     else:
         cells = [{"size": "1.3B", "B": B, "T": PROMPT} for B in (1, 32)]
     return [{"part": part, "kind": part, "peer": peer, **cell} for cell in cells]
 
 
-PARTS = ("generate", "train", "prefill", "decode", "account")
+PARTS = ("generate", "train", "prefill", "decode", "account", "host")
 
 
 def name(row: dict) -> str:
@@ -95,6 +100,10 @@ FIGURES = {
     "prefill": (("wall_ms", "ms", "{:.1f}"), ("device_ms", "device ms", "{:.1f}")),
     "train": (("tokens_per_s", "tokens/s", "{:,.0f}"), ("mfu", "MFU", "{:.1%}"), ("peak_mib", "peak MiB", "{:,.0f}")),
     "decode": (("tokens_per_s", "tokens/s", "{:,.1f}"), ("cache_mib", "cache MiB", "{:,.0f}")),
+    "host": (
+        ("wall_ms", "ms", "{:.2f}"), ("device_ms", "device ms", "{:.2f}"), ("host_ms", "ms until return", "{:.2f}"),
+        ("synchronizations", "waits", "{:.0f}"), ("launches", "launches", "{:.0f}"),
+    ),  # fmt: skip
     "account": tuple(
         (f"{key}_us", f"{key.replace('_', ' ')} us", "{:,.0f}")
         for key in ("wall", "model_call", "inputs", "bookkeeping", "stop_check", "sampling_and_rest", "device_busy")
@@ -117,6 +126,16 @@ def table(rows: list[dict]) -> str:
             for key, heading, form in figures:
                 values = [_figure(by_peer.get(peer, {}), key, form) for peer in model_peers.NAMES]
                 lines.append(f"{cell:<26}{heading:<18}" + "".join(f"{value:>14}" for value in values))
+    return "\n".join(lines)
+
+
+def host_table(rows: list[dict]) -> str:
+    """Whose the host's time is, of every prompt and peer: microseconds a layer, stopwatches included, and calls."""
+    lines = []
+    for row in rows:
+        if row["part"] == "host" and "own_us" in row:
+            lines.append(f"\n{row['peer']} {name(row):<40}{'own us a layer':>16}{'calls':>10}")
+            lines += [f"{part:<44}{own:>14.1f}{row['calls'][part]:>12.0f}" for part, own in row["own_us"].items()]
     return "\n".join(lines)
 
 
@@ -164,7 +183,7 @@ def main():
             tasks = [task for task in tasks if any(cell in name(task) for cell in arguments.cells)]
         tasks = results.missing([tiny(task) if arguments.tiny else task for task in tasks])
         run_worker(peer, tasks, arguments.device, arguments.cache, deadline, results.add, worker="model_worker")
-    print(table(results.data["rows"]))
+    print(table(results.data["rows"]), host_table(results.data["rows"]), sep="\n")
 
 
 if __name__ == "__main__":

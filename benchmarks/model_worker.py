@@ -3,7 +3,7 @@
     python -m deltanet.benchmarks.model_worker PEER [--device cuda]
 
 Reads tasks from standard input, a JSON object a line, and prints each with its figures, or with its error, the same
-way. A task has `kind` (generate, prefill, train, decode, account), `size`, `variant`, B and T.
+way. A task has `kind` (generate, prefill, train, decode, account, host), `size`, `variant`, B and T.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from transformers import StoppingCriteria
 from ..train.flops import peak_flops, product_parameters, training_flops
 from . import model_peers, peers
 from .generation_account import account
+from .host_account import host_account
 from .timing import device_ms, peak_mib, synchronize, wall_ms
 
 NEW = 128
@@ -125,6 +126,16 @@ def measure_account(model, device, task) -> dict:
     return account(model, lambda new: generate(model, ids, new), device)
 
 
+@torch.no_grad()
+def measure_host(model, device, task) -> dict:
+    """What reading a prompt costs the host beside the device, see `host_account`."""
+    ids = random_ids(task["B"], task["T"], device)
+    work = lambda: model(ids, use_cache=True, logits_to_keep=1)  # noqa: E731
+    figures = {"first_s": seconds(work, device), "wall_ms": wall_ms(work, device)}
+    figures["device_ms"], figures["launches"] = device_ms(work, device)
+    return {**figures, **host_account(model, work, model.config.num_hidden_layers, device)}
+
+
 def tensor_bytes(value, seen=None) -> int:
     """Bytes of the tensors that an object holds, however deep, each once."""
     seen = set() if seen is None else seen
@@ -163,6 +174,7 @@ KINDS = {
     "train": measure_train,
     "decode": measure_decode,
     "account": measure_account,
+    "host": measure_host,
 }
 
 

@@ -1,8 +1,8 @@
 """Launching a Triton kernel with little work on the host.
 
 Triton's own launch looks at every argument again to find the compiled kernel, which on a slow CPU takes 100 microseconds:
-more than the kernels of a small batch. Here a compiled kernel is kept under what it was compiled for, and a `Prepared` launch keeps
-all that is the same for every tensor of its shapes.
+more than the kernels of a small batch. Here a compiled kernel is kept under what it was compiled for, and a `Prepared`
+launch keeps all that is the same for every tensor of its shapes.
 """
 
 import inspect
@@ -27,8 +27,9 @@ class Prepared:
     A kernel in a one-dimensional grid, ready but for its tensors, which are the first of its parameters.
 
     `numbers` are the parameters behind the tensors, `constants` the constexpr ones and `options` Triton's, both by name.
-    The first tensors are read through the copy engine where there are `tiles`, which make descriptors of them; such a launch
-    is for tensors of one shape and layout. A launch belongs to one device. The kernel must not specialise on integers or floats.
+    Where there are `tiles`, as many of the first tensors are read through the copy engine and each tile makes the descriptor
+    of one; such a launch is for tensors of one shape and layout. A launch belongs to one device. The kernel must not
+    specialise on integers or floats.
     """
 
     def __init__(self, kernel, programs: int, numbers: tuple, constants: dict, options: dict, tiles: tuple = ()):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import tiny_config, tiny_model, token_ids
 
-from deltanet.benchmarks import generation_account, gpu_glue, gpu_model, model_peers, model_worker
+from deltanet.benchmarks import generation_account, gpu_glue, gpu_model, host_account, model_peers, model_worker
 from deltanet.benchmarks.model_plots import draw
 from deltanet.train.flops import mixing_flops, peak_flops, product_parameters, training_flops
 
@@ -47,7 +47,7 @@ def test_peers_have_the_sizes_of_the_paper(peer):
     assert counts["340M"] == pytest.approx(374e6, rel=1e-2)
 
 
-@pytest.mark.parametrize("kind, figure", [("generate", "tokens_per_s"), ("prefill", "wall_ms"), ("decode", "ms_a_step")])
+@pytest.mark.parametrize("kind, figure", [("generate", "tokens_per_s"), ("prefill", "wall_ms"), ("decode", "ms_a_step"), ("host", "host_ms")])
 def test_worker_measures(kind, figure):
     task = {"part": kind, "kind": kind, "peer": "ours", "size": "tiny", "B": 2, "T": 5, "new": 5}
     row = model_worker.run(task, model_worker.load_model, "cpu")
@@ -84,6 +84,23 @@ def test_account_adds_up(monkeypatch):
     parts = ("model_call_us", "inputs_us", "bookkeeping_us", "stop_check_us")
     assert figures == {**dict.fromkeys(parts, 1e6), "sampling_and_rest_us": 4e6, "wall_us": 8e6}
     assert type(model).__call__ is call and "__call__" not in vars(type(model))
+
+
+def test_own_times_of_the_host_add_up(monkeypatch):
+    """By a clock that ticks when it is read: a call lasts one tick, and two more for each that is watched inside of it."""
+    monkeypatch.setattr(host_account.time, "perf_counter", itertools.count().__next__)
+    model, ids = tiny_model(), token_ids(1, 4)
+    forward = type(model).forward
+    with torch.no_grad():
+        figures = host_account.host_account(model, lambda: model(ids), 2, "cpu")
+    calls, own = figures["calls"], figures["own_us"]
+    assert (calls["DeltaNetBlock"], calls["DeltaNetRMSNorm"], calls["cache"]) == (2, 7, 4)
+    watched = sum(calls.values())
+    # The outermost call lasts two ticks for each of the others and one for itself.
+    assert sum(own.values()) == pytest.approx((2 * (watched - 1) + 1) / 2 * 1e6)
+    assert own["DeltaNetRMSNorm"] == pytest.approx(7 / 2 * 1e6)
+    assert (figures["host_ms"], figures["synchronizations"]) == (1e3, 0)
+    assert type(model).forward is forward
 
 
 def test_glue_compares_like_with_like():
