@@ -47,7 +47,10 @@ def test_peers_have_the_sizes_of_the_paper(peer):
     assert counts["340M"] == pytest.approx(374e6, rel=1e-2)
 
 
-@pytest.mark.parametrize("kind, figure", [("generate", "tokens_per_s"), ("prefill", "wall_ms"), ("decode", "ms_a_step"), ("host", "host_ms")])
+@pytest.mark.parametrize(
+    "kind, figure",
+    [("generate", "tokens_per_s"), ("prefill", "wall_ms"), ("decode", "ms_a_step"), ("host", "host_ms")],
+)
 def test_worker_measures(kind, figure):
     task = {"part": kind, "kind": kind, "peer": "ours", "size": "tiny", "B": 2, "T": 5, "new": 5}
     row = model_worker.run(task, model_worker.load_model, "cpu")
