@@ -98,8 +98,7 @@ class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def _copy(self, states: dict, initialized: dict, index: int, value: torch.Tensor, dtype=None) -> None:
         # After a reset nothing is lost with the old buffers, and another batch size may come.
-        is_fresh = not self.has_previous_state[0]
-        if not initialized[index] or is_fresh and (states[index].shape, states[index].device) != (value.shape, value.device):
+        if not initialized[index] or not self.has_previous_state[0] and _lies_elsewhere(states[index], value):
             # What a forward without gradients has just made is nobody else's, and need not be copied.
             if is_ours := _is_changeable(value) and dtype in (None, value.dtype) and value.is_contiguous():
                 states[index] = value
@@ -162,6 +161,10 @@ class DeltaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         raise NotImplementedError(_IRREVERSIBLE)
+
+
+def _lies_elsewhere(state: torch.Tensor, value: torch.Tensor) -> bool:
+    return (state.shape, state.device) != (value.shape, value.device)
 
 
 def _is_changeable(value: torch.Tensor) -> bool:

@@ -185,6 +185,13 @@ def _obstacle_in_cache(cache: Cache, device: torch.device) -> str:
     return ""
 
 
+def _begins_unpadded(mask: torch.Tensor, cache: Cache | None) -> bool:
+    """Whether a prompt has no padding, which no layer then looks for. To ask waits for nothing as long as the cache is
+    unused: the prompt is the device's first work."""
+    is_used = cache is None or any(getattr(layer, "has_previous_state", {}).get(0) for layer in cache.layers)
+    return not is_used and bool((mask == 1).all())
+
+
 def _circumstances(device: torch.device) -> tuple:
     """What else a recording depends on; its tensors belong to a stream."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -253,7 +260,11 @@ class DeltaNetGenerationMixin(GenerationMixin):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
         # Ready masks for every decoding step; Transformers makes them for compilable caches only.
         mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
-        if isinstance(mask, torch.Tensor) and cache is not None and not is_first_iteration:
+        if isinstance(mask, torch.Tensor) and cache is not None and is_first_iteration:
+            prompt = inputs["inputs_embeds"] if ids is None else ids
+            if mask.shape == prompt.shape[:2] and _begins_unpadded(mask, cache):
+                inputs["attention_mask"] = None
+        elif isinstance(mask, torch.Tensor) and cache is not None:
             embeds = torch.empty((*ids.shape, 0), dtype=self.dtype, device=ids.device)
             arguments = {CACHE_NAME: cache, "position_ids": inputs.get("position_ids")}
             inputs["attention_mask"] = self.create_masks_for_generate(self.config, embeds, mask, **arguments)
@@ -267,6 +278,8 @@ class DeltaNetGenerationMixin(GenerationMixin):
         masks = attention_masks(config, inputs_embeds, attention_mask, kwargs.get(CACHE_NAME), position_ids)
         if attention_mask is not None:
             new = attention_mask[:, -inputs_embeds.shape[1] :]
+            if is_first_iteration and _begins_unpadded(new, kwargs.get(CACHE_NAME)):
+                return masks
             # A generated token is never padding. Transformers 5.17 does not say whether a single token is generated or a
             # prompt's that is read in chunks of one, so look where that does not wait for the device.
             if new.shape[1] > 1 or is_first_iteration or values_are_readable(new) and not bool(new.all()):

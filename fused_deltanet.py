@@ -28,11 +28,13 @@ def plain_weight(layer: nn.Module) -> Tensor | None:
 
 def swiglu_linear(gate: Tensor, up: Tensor, down: nn.Module) -> Tensor:
     """down(silu(gate) * up) for gate and up [..., I]."""
-    weight = plain_weight(down)
-    if torch.compiler.is_compiling() or weight is None or weight.device != gate.device:
+    if torch.compiler.is_compiling():
         return down(F.silu(gate) * up)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and type(gate) is type(up) is Tensor:
         return down(swiglu(gate, up))
+    weight = plain_weight(down)
+    if weight is None or weight.device != gate.device:
+        return down(F.silu(gate) * up)
     # Under autocast the projections have its dtype and the weight has not.
     return _SwiGLULinear.apply(gate, up, weight.to(gate.dtype))
 

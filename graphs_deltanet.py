@@ -114,7 +114,7 @@ def survey(model: nn.Module) -> Survey:
     if torch.nn.modules.module._has_any_global_hook():
         return Survey("hooks for all modules are registered")
     weights, device = [], None
-    for name, module in model.named_modules():
+    for name, module in _modules(model):
         if obstacle := _obstacle_in(module, is_root=module is model):
             return Survey(f"{f'module `{name}`' if name else 'the model'} {obstacle}")
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -124,6 +124,17 @@ def survey(model: nn.Module) -> Survey:
                     return Survey(f"`{name}` has a weight that is a {type(part).__name__} on {part.device}")
                 weights.append((part.data_ptr(), part.dtype, part.shape, part.stride()))
     return Survey("", tuple(weights))
+
+
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """As `named_modules`, level by level, in a third of the time: every call of `generate` asks."""
+    found, seen = [("", model)], {model}
+    for prefix, parent in found:  # which grows meanwhile
+        for name, module in parent._modules.items():
+            if module is not None and module not in seen:
+                seen.add(module)
+                found.append((f"{prefix}.{name}" if prefix else name, module))
+    return found
 
 
 def _parts(tensor: torch.Tensor | None) -> list[torch.Tensor]:
@@ -136,9 +147,10 @@ def _parts(tensor: torch.Tensor | None) -> list[torch.Tensor]:
 
 
 def _obstacle_in(module: nn.Module, is_root: bool) -> str:
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if any(getattr(hook, "__module__", None) != _HARMLESS_HOOKS for hook in hooks) or hasattr(module, "_hf_hook"):
-        return "has hooks"
+    if module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in vars(module):
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if "_hf_hook" in vars(module) or any(getattr(x, "__module__", None) != _HARMLESS_HOOKS for x in hooks):
+            return "has hooks"
     kind = type(module)
     if not is_root and not f"{kind.__module__}.".startswith(_KNOWN_MODULES):
         return f"is a {kind.__module__}.{kind.__qualname__}"

@@ -63,6 +63,14 @@ class DeltaNetShortConvolution(nn.Conv1d):
         return convolve(local(self.weight))
 
 
+_BETWEEN_PROJECTIONS = (
+    ("q_conv1d", DeltaNetShortConvolution),
+    ("k_conv1d", DeltaNetShortConvolution),
+    ("v_conv1d", DeltaNetShortConvolution),
+    ("o_norm", DeltaNetRMSNorm),
+)
+
+
 class DeltaNetMixer(nn.Module):
     """The layer; parameter names are the reference's."""
 
@@ -104,12 +112,12 @@ class DeltaNetMixer(nn.Module):
         if cache is not None:
             prefetch_next_layer(past_key_values, self.layer_idx, hidden_states.device)
             conv_states, state = cache.read(hidden_states)
+        weights = None if torch.is_grad_enabled() else self._weights_between(hidden_states)
         is_step = state is not None and hidden_states.shape[1] == 1 and layout.real is None and not torch.is_grad_enabled()
-        can_fuse = self._can_fuse(hidden_states)
-        if is_step and can_fuse:
-            return self._fused_step(hidden_states, cache, conv_states, state)
-        if can_fuse and self._takes_prompt(hidden_states, layout):
-            o = self._fused_prompt(hidden_states, layout, cache, conv_states, state)
+        if is_step and weights is not None:
+            return self._fused_step(hidden_states, weights, cache, conv_states, state)
+        if weights is not None and self._takes_prompt(hidden_states, layout):
+            o = self._fused_prompt(hidden_states, weights, layout, cache, conv_states, state)
         else:
             o = self._composed(hidden_states, layout, cache, conv_states, state, is_step)
         o = self.o_norm(o)
@@ -137,31 +145,34 @@ class DeltaNetMixer(nn.Module):
                 cache.write(conv_states, final_state, hidden_states.shape[1])
         return o
 
-    def _can_fuse(self, hidden_states: torch.Tensor) -> bool:
-        """Whether one operation does what the modules between the projections would: they are our own, nobody watches them,
-        and their weights are here, which an offloaded module's are during its own forward only."""
-        device = hidden_states.device
-        return self.is_fusable and all(
-            type(module) is kind
-            and module.weight.device == device
-            and not (module._forward_hooks or module._forward_pre_hooks)
-            for module, kind in (
-                (self.q_conv1d, DeltaNetShortConvolution),
-                (self.k_conv1d, DeltaNetShortConvolution),
-                (self.v_conv1d, DeltaNetShortConvolution),
-                (self.o_norm, DeltaNetRMSNorm),
-            )
-        )
+    def _weights_between(self, hidden_states: torch.Tensor) -> list[torch.Tensor] | None:
+        """The weights of the three convolutions and of the output norm, for operations that do what these modules would.
+
+        None where that may not be: they must be our own, watched by nobody, and their weights here, which an offloaded
+        module's are during its own forward only.
+        """
+        if not self.is_fusable:
+            return None
+        device, modules, weights = hidden_states.device, self._modules, []
+        for name, kind in _BETWEEN_PROJECTIONS:
+            module = modules[name]
+            if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks:
+                return None
+            weight = module.weight
+            if weight.device != device:
+                return None
+            weights.append(local(weight))
+        return weights
 
     def _takes_prompt(self, hidden_states: torch.Tensor, layout: TokenLayout) -> bool:
         is_usual = self.use_beta and self.delta_rule is chunk_delta_rule and layout.cu_seqlens is layout.segment is None
         return is_usual and takes_prompt(hidden_states, self.head_k_dim, self.conv_size)
 
-    def _fused_prompt(self, hidden_states, layout, cache, conv_states, state):
+    def _fused_prompt(self, hidden_states, weights, layout, cache, conv_states, state):
         """As `_composed`, for a prompt of which no gradient is wanted."""
         o, conv_states, state = delta_rule_prompt(
             [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states), self.b_proj(hidden_states)],
-            self._convolution_weights(),
+            weights[:3],
             beta_scale=self.beta_scale,
             conv_states=conv_states,
             state=None if state is None else state.float(),
@@ -171,11 +182,7 @@ class DeltaNetMixer(nn.Module):
             cache.write(conv_states, state, hidden_states.shape[1])
         return o
 
-    def _convolution_weights(self) -> list[torch.Tensor]:
-        """For operations that `_can_fuse` has allowed."""
-        return [local(convolution.weight) for convolution in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
-
-    def _fused_step(self, hidden_states, cache, conv_states, state):
+    def _fused_step(self, hidden_states, weights, cache, conv_states, state):
         """`forward` for one token with a state and no padding, all states updated in place."""
         o = decode_step(
             self.q_proj(hidden_states)[:, 0],
@@ -185,8 +192,8 @@ class DeltaNetMixer(nn.Module):
             self.g_proj(hidden_states)[:, 0] if self.use_gate else None,
             conv_states,
             state,
-            self._convolution_weights(),
-            local(self.o_norm.weight),
+            weights[:3],
+            weights[3],
             norm_eps=self.o_norm.eps,
             beta_scale=self.beta_scale,
         )

@@ -34,8 +34,7 @@ def takes_prompt(x: Tensor, K: int, W: int) -> bool:
     under autocast or where operators must be seen, and only where the fused kernels would run anyway."""
     if torch.is_grad_enabled() or not is_plain((x,)) or torch.is_autocast_enabled(x.device.type):
         return False
-    interpreted = x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET")
-    return _is_fused(x.device, x.dtype, K, W, forced_backend(), interpreted)
+    return _is_fused(x.device, x.dtype, K, W, forced_backend(), not x.is_cuda and os.environ.get("TRITON_INTERPRET"))
 
 
 @functools.cache
@@ -96,15 +95,18 @@ class _Plan:
     """The plans of both operations, for projections that lie as `rows` say."""
 
     def __init__(self, rows, b_rows, dtype, device, W, is_padded, beta_scale):
-        from . import chunk, prologue_launch
+        from .chunk import Batch, Rows, outputs
+        from .chunk import keep_plan as plan_of_rule
+        from .prologue_launch import keep_plan as plan_of_prologue
 
         (B, T, H), widths = b_rows[0], [shape[-1] for shape, *_ in rows]
         self.shapes, self.beta_shape = [(B, T, H, width // H) for width in widths], b_rows[0]
-        self.prologue = prologue_launch.keep_plan("forward", rows, b_rows, dtype, device, W, None, is_padded, beta_scale)
+        self.device = device
+        self.prologue = plan_of_prologue("forward", rows, b_rows, dtype, device, W, None, is_padded, beta_scale)
         strides = [(T * width, width, width // H, 1) for width in widths]
-        of_results = tuple(chunk.Rows(*x, 0, dtype.itemsize) for x in zip(self.shapes, strides))
-        self.rule = chunk.keep_plan(of_results, dtype, device, None, False)
-        self.outputs, self.batch = chunk.outputs, chunk.Batch
+        of_results = tuple(Rows(*x, 0, dtype.itemsize) for x in zip(self.shapes, strides))
+        self.rule = plan_of_rule(of_results, dtype, device, None, False)
+        self.outputs, self.batch = outputs, Batch
         self.scale = self.shapes[0][-1] ** -0.5
 
     def prepare(self, projections, weights, conv_states, padding_order) -> tuple:
@@ -113,8 +115,8 @@ class _Plan:
         projections.clear()
         streams = [x if x.stride(-1) == 1 else x.contiguous() for x in streams]
         conv_states = [None if past is None else past.contiguous() for past in conv_states]
-        q, k, v = (self.rule.new(*shape) for shape in self.shapes)
-        beta = self.rule.new(*self.beta_shape, dtype=torch.float32)
+        q, k, v = [x.new_empty(shape) for x, shape in zip(streams, self.shapes)]
+        beta = torch.empty(self.beta_shape, dtype=torch.float32, device=self.device)
         finals = self.prologue.states(conv_states, streams)
         order = (None, None) if padding_order is None else (padding_order.gather, padding_order.padded)
         self.prologue.run(*streams, *weights, q, k, v, *conv_states, *finals, b, beta, None, None, *order)

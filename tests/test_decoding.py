@@ -12,10 +12,11 @@ from models import token_ids
 from recording import Meanwhile, counting, eagerly, generate, generator
 from transformers import DynamicCache, StaticCache, TorchAoConfig
 
-from deltanet import DeltaNetForCausalLM, graphs_deltanet
+from deltanet import DeltaNetForCausalLM, graphs_deltanet, layout_deltanet
 from deltanet.benchmarks.generation_matrix import BATCHES, CELLS, compare
 from deltanet.cache_deltanet import CACHE_NAME
 from deltanet.graphs_deltanet import cache_slots
+from deltanet.mixer_deltanet import DeltaNetMixer
 
 # Where the ordinary forward decodes: a cache that moves, and a loop that calls the model itself.
 EAGER = {"offloaded", "batch_selection"}
@@ -311,3 +312,17 @@ def test_the_loop_grows_no_masks(graphs, monkeypatch):
     generate(model, ids, attention_mask=torch.ones_like(ids))
     assert "position_ids" in seen[0] and "position_ids" not in seen[1]
     assert seen[2] == seen[-1] == {CACHE_NAME, "use_cache", "logits_to_keep", "return_dict"}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_layers_look_for_padding_where_there_is_some(monkeypatch, padded, options):
+    """Also where a mask's values may not be read in the forward, as on a GPU."""
+    monkeypatch.setattr(layout_deltanet, "values_are_readable", lambda _: False)
+    model, ids, layouts = generator(), token_ids(2, 6), []
+    forward = DeltaNetMixer.forward
+    monkeypatch.setattr(DeltaNetMixer, "forward", lambda *x: layouts.append(x[2]) or forward(*x))
+    mask = torch.ones_like(ids)
+    mask[0, : 2 * padded] = 0
+    model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, **options)
+    assert (layouts[0].real is not None) == padded
