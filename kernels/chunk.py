@@ -206,7 +206,11 @@ def chunk_forward(q, k, v, beta, scale, initial_state, output_final_state, use_l
     states [chunks, H, K, V] that enter the chunks and the errors [B, T, H, V] of the tokens, in the dtype of q."""
     with on_device(q):
         batch = _batch((q, k, v), cu_seqlens)
-        return outputs(batch, beta, scale, initial_state, output_final_state, use_l2, keep_states)
+        plan, kept = batch.plan, None
+        if keep_states:
+            kept = plan.new(plan.chunks, plan.H, plan.K, plan.V), plan.new(*v.shape)
+        results = outputs(batch, beta, scale, initial_state, output_final_state, use_l2, kept)
+        return *results, *(kept or (plan.new(0), plan.new(0)))
 
 
 class Mapped(NamedTuple):
@@ -233,21 +237,19 @@ def _map(batch: Batch, beta: Tensor, o: Tensor, use_l2: bool, spans: bool) -> Ma
 
 
 def outputs(
-    batch: Batch, beta, scale, initial_state, output_final_state, use_l2, keep_states=False,
-    mapped: Optional[Mapped] = None,
-):  # fmt: skip
-    """`chunk_forward` of a batch on the current device."""
+    batch: Batch, beta, scale, initial_state, output_final_state, use_l2, kept=None, mapped: Optional[Mapped] = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`chunk_forward` of a batch on the current device, up to the factors; `kept` are tensors for the states and errors."""
     plan = batch.plan
     initial_state = None if initial_state is None else initial_state.contiguous()
     o = plan.new(plan.batch, plan.T, plan.H, plan.V)
     tau, factors, maps, offsets = mapped or _map(batch, beta, o, use_l2, plan.split)
     starts = _join(batch, maps, offsets, initial_state, reverse=False) if plan.split else initial_state
     final_state = plan.states(initial_state) if output_final_state else None
-    kept = (plan.new(plan.chunks, plan.H, plan.K, plan.V), torch.empty_like(o)) if keep_states else (None, None)
     write = plan.prepared(_output, scale, use_l2)
-    write(*batch.tensors, tau, factors, o, starts, final_state, *kept, *batch.cut.of_spans)
+    write(*batch.tensors, tau, factors, o, starts, final_state, *(kept or (None, None)), *batch.cut.of_spans)
     final_state = factors.new_empty(0) if final_state is None else final_state
-    return o, final_state, tau, factors, *(kept if keep_states else ())
+    return o, final_state, tau, factors
 
 
 def _tabulation(plan: _Plan, width: int) -> Prepared:

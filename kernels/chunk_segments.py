@@ -31,7 +31,8 @@ def mapped_forward(q, k, v, beta, scale: float, initial_state, output_final_stat
     """`chunk.chunk_forward` of rows that `segment_map` has mapped."""
     with on_device(q):
         batch = _batch((q, k, v), None)
-        return outputs(batch, beta, scale, initial_state, output_final_state, use_l2, mapped=mapped)
+        results = outputs(batch, beta, scale, initial_state, output_final_state, use_l2, mapped=mapped)
+        return *results, batch.plan.new(0), batch.plan.new(0)
 
 
 def entering_gradient(do, q, k, v, beta, tau, factors, maps, scale: float, use_l2: bool) -> Tensor:

@@ -16,6 +16,10 @@ try:  # Transformers wants every package that custom code imports outside of a `
     from triton.runtime import driver
 except ImportError as error:
     raise ImportError("the fused kernels need Triton") from error
+try:
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST as NUMBER_OF_TYPE
+except ImportError:  # another Triton than the one that `_direct` knows
+    NUMBER_OF_TYPE = None
 
 from .devices import triton_version
 
@@ -115,8 +119,6 @@ def _direct(compiled, programs: int, device: int, described: list, values: tuple
 
 def _copy_engine_layout(x, meta: dict) -> tuple[tuple, tuple]:
     """What the driver wants to know of a descriptor besides its pointer, and the numbers that follow it in a launch."""
-    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
-
-    kind = TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
+    kind = NUMBER_OF_TYPE[meta["elem_type"]]
     how = (meta["swizzle"], meta["elem_size"], kind, meta["block_size"], x.shape, x.strides, 0)
     return how, (*x.shape, *x.strides)

@@ -161,7 +161,8 @@ def test_differentiable_once():
 def test_operator_is_registered_as_pytorch_wants(bounds, states):
     case = Case(CPU, torch.float32, 3, WIDTHS, 2, bounds=bounds, states=states)
     tensors = [x.requires_grad_() for x in (*case.streams, case.b, *case.weights)]
-    torch.library.opcheck(module._op, (*tensors, *case.states, 2.0, states, case.cu_seqlens, None, None))
+    operator = getattr(torch.ops, module.NAMESPACE).prologue.default
+    torch.library.opcheck(operator, (*tensors, *case.states, 2.0, states, case.cu_seqlens, None, None))
 
 
 @interpreted
