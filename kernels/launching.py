@@ -69,7 +69,8 @@ class Prepared:
             _compiled[traits] = self.kernel[(self.programs,)](*arguments, **self.constants, **self.options)
             return
         compiled, values = _compiled[traits], [self.constants[x] for x in self.kernel.arg_names[len(arguments) :]]
-        if run := not _is_watched() and _direct(compiled, self.programs, device.index, described, (*self.numbers, *values)):
+        run = _direct(compiled, self.programs, device.index, described, (*self.numbers, *values))
+        if run and not _is_watched():
             self.ready[key] = run
             run(pointers)
         else:
