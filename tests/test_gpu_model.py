@@ -3,10 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from models import tiny_model, token_ids
 from torch import nn
+from transformers import DynamicCache
 
+from deltanet import mixer_deltanet
 from deltanet.benchmarks import model_peers
 from deltanet.fused_deltanet import linear_cross_entropy
+from deltanet.kernels import devices, prompt
 from deltanet.kernels import swiglu as operation
 from deltanet.kernels.cross_entropy import cross_entropy_
 from deltanet.mixer_deltanet import DeltaNetRMSNorm
@@ -91,3 +95,60 @@ def test_memory_of_a_training_step(cuda, record_property):
     peak = torch.cuda.max_memory_allocated() / 2**30
     record_property("peak_gib", peak)
     assert peak < 31.6
+
+
+def prompt_of(device, dtype, **options):
+    model = tiny_model(hidden_size=256, num_heads=2, intermediate_size=256, **options).to(device, dtype)
+
+    def read(ids, mask=None):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            return model(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits, cache
+
+    return read
+
+
+@pytest.mark.parametrize("T, padded", [(1, False), (300, False), (300, True), (9000, False)])
+def test_a_prompt_has_the_bits_of_the_operations(device, monkeypatch, T, padded):
+    """9,000 tokens are cut into spans."""
+    if device.type == "cpu":
+        T = min(T, 70)
+    read, ids = prompt_of(device, HALF if device.type == "cuda" else torch.float32), token_ids(2, T).to(device)
+    mask = torch.ones_like(ids) if padded else None
+    if padded:
+        mask[0, : T // 3] = 0
+    calls, run = [], mixer_deltanet.delta_rule_prompt
+    monkeypatch.setattr(mixer_deltanet, "delta_rule_prompt", lambda *x, **y: calls.append(1) or run(*x, **y))
+    first, again = read(ids, mask), read(ids, mask)
+    assert len(calls) == 4
+    monkeypatch.setattr(mixer_deltanet, "takes_prompt", lambda *_: False)
+    plain = read(ids, mask)
+    for logits, cache in (first, again):
+        assert torch.equal(logits, plain[0])
+        for layer, other in zip(cache.layers, plain[1].layers):
+            assert torch.equal(layer.recurrent_states[0], other.recurrent_states[0])
+            assert all(torch.equal(layer.conv_states[i], other.conv_states[i]) for i in range(3))
+            assert int(layer.get_seq_length()) == int(other.get_seq_length()) == T
+
+
+def test_a_prompt_waits_for_nothing(cuda):
+    read, ids = prompt_of(cuda, HALF), token_ids(1, 300).to(cuda)
+    read(ids)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        read(ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_kept_launches_go_past_triton(cuda):
+    """With the Triton whose inside is known; another one would launch as it always does, which takes longer."""
+    if devices.triton_version() != (3, 6) or torch.version.hip is not None:
+        pytest.skip("needs Triton 3.6 and an NVIDIA GPU")
+    read, ids = prompt_of(cuda, HALF), token_ids(1, 333).to(cuda)
+    for _ in range(3):
+        read(ids)
+    plan = next(plan for plan in prompt._plans.values() if plan.rule.T == 333)
+    launches = [plan.prologue.run, *plan.rule.launches.values()]
+    assert len(launches) == 3 and all(launch.ready for launch in launches)
