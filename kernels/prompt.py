@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from .checks import check_inputs, check_values
-from .delta_rule import fused_kernels_missing
+from .delta_rule import implementation
 from .devices import forced_backend, on_device
 from .operators import is_plain
 from .prologue import WIDTHS
+from .prologue import _is_fused as prologue_is_fused
 from .short_conv import PaddingOrder, check_convolution
 
 
@@ -39,10 +40,10 @@ def takes_prompt(x: Tensor, K: int, W: int) -> bool:
 
 @functools.cache
 def _is_fused(device: torch.device, dtype: torch.dtype, K: int, W: int, forced: str, interpreted) -> bool:
-    """`interpreted` is there because `fused_kernels_missing` looks at it."""
-    if forced != "triton" and (forced or device.type != "cuda"):
+    """What the two operations would choose, and log; `forced` and `interpreted` are there because they look at these."""
+    if W not in WIDTHS or not prologue_is_fused(device, dtype, ""):
         return False
-    return W in WIDTHS and not fused_kernels_missing(device, dtype, K)
+    return implementation(torch.empty(0, K, dtype=dtype, device=device)).name == "triton"
 
 
 def delta_rule_prompt(
