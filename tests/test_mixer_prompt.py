@@ -9,6 +9,7 @@ from deltanet import mixer_deltanet
 from deltanet.kernels import prompt as module
 from deltanet.kernels.prompt import delta_rule_prompt, takes_prompt
 
+pytest.importorskip("triton")
 interpreter = pytest.mark.interpreter
 OPTIONS = [
     {},

@@ -103,6 +103,7 @@ def test_any_schedule_of_tokens_gives_what_the_layer_gives(options):
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
 def test_the_fused_step_takes_slots_as_a_server_lays_them_out(monkeypatch, options):
     """Where the kernel did not take them, the interpreter's processes would raise an error."""
+    pytest.importorskip("triton")
     calls = []
     monkeypatch.setattr(recurrence, "decode_step", lambda *x, **y: calls.append(1) or decode_step(*x, **y))
     requests, slots = Requests(options, [6, 4]), [4, 2]
