@@ -81,7 +81,6 @@ class DeltaNetMixer(nn.Module):
         qk_silu = "silu" if config.qk_activation == "silu" else None
         self.activations = (qk_silu, qk_silu, "silu")
         self.use_short_conv, self.use_beta, self.use_gate = config.use_short_conv, config.use_beta, config.use_gate
-        self.conv_size = config.conv_size
         self.is_fusable = config.use_short_conv and config.qk_activation == "silu" and config.qk_norm == "l2"
         self.beta_scale = 2.0 if config.allow_neg_eigval else 1.0
         self.delta_rule = chunk_delta_rule if config.attn_mode == "chunk" else recurrent_delta_rule
@@ -116,7 +115,7 @@ class DeltaNetMixer(nn.Module):
         is_step = state is not None and hidden_states.shape[1] == 1 and layout.real is None and not torch.is_grad_enabled()
         if is_step and weights is not None:
             return self._fused_step(hidden_states, weights, cache, conv_states, state)
-        if weights is not None and self._takes_prompt(hidden_states, layout):
+        if weights is not None and self._takes_prompt(hidden_states, weights, layout):
             o = self._fused_prompt(hidden_states, weights, layout, cache, conv_states, state)
         else:
             o = self._composed(hidden_states, layout, cache, conv_states, state, is_step)
@@ -164,9 +163,9 @@ class DeltaNetMixer(nn.Module):
             weights.append(local(weight))
         return weights
 
-    def _takes_prompt(self, hidden_states: torch.Tensor, layout: TokenLayout) -> bool:
+    def _takes_prompt(self, hidden_states: torch.Tensor, weights: list[torch.Tensor], layout: TokenLayout) -> bool:
         is_usual = self.use_beta and self.delta_rule is chunk_delta_rule and layout.cu_seqlens is layout.segment is None
-        return is_usual and takes_prompt(hidden_states, self.head_k_dim, self.conv_size)
+        return is_usual and takes_prompt(hidden_states, self.head_k_dim, weights[:3])
 
     def _fused_prompt(self, hidden_states, weights, layout, cache, conv_states, state):
         """As `_composed`, for a prompt of which no gradient is wanted."""

@@ -30,12 +30,15 @@ class Prompt(NamedTuple):
     state: Tensor
 
 
-def takes_prompt(x: Tensor, K: int, W: int) -> bool:
-    """Whether `delta_rule_prompt` runs for projections of x, heads of K and convolutions of width W: not for gradients,
-    under autocast or where operators must be seen, and only where the fused kernels would run anyway."""
-    if torch.is_grad_enabled() or not is_plain((x,)) or torch.is_autocast_enabled(x.device.type):
+def takes_prompt(x: Tensor, K: int, weights: Sequence[Tensor]) -> bool:
+    """Whether `delta_rule_prompt` runs for projections of x, heads of K and convolutions with these weights: not for
+    gradients, under autocast or where operators must be seen, and only where the fused kernels would run anyway."""
+    if torch.is_grad_enabled() or not is_plain((x, *weights)) or torch.is_autocast_enabled(x.device.type):
         return False
-    return _is_fused(x.device, x.dtype, K, W, forced_backend(), not x.is_cuda and os.environ.get("TRITON_INTERPRET"))
+    if not weights[0].dtype == weights[1].dtype == weights[2].dtype:
+        return False
+    interpreted = not x.is_cuda and os.environ.get("TRITON_INTERPRET")
+    return _is_fused(x.device, x.dtype, K, weights[0].shape[-1], forced_backend(), interpreted)
 
 
 @functools.cache
@@ -71,7 +74,7 @@ def delta_rule_prompt(
     rows = tuple([(x.shape, x.stride(), x.data_ptr() % 16) for x in (q, k, v)])
     key = (rows, (b.shape, b.stride()), q.dtype, q.device, weights[0].shape[-1], padding_order is not None, beta_scale)
     plan = _plans.get(key)
-    if plan is None:
+    if plan is None or not q.dtype == k.dtype == v.dtype:
         _check(q, k, v, b, weights, conv_states, state, padding_order)
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()

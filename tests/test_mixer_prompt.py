@@ -125,6 +125,7 @@ def test_projections_are_let_go():
     [
         (lambda p, w, o: p.__setitem__(3, p[3][:, :3]), r"b has shape .* and q .*; \[B, T\] must be equal"),
         (lambda p, w, o: p.__setitem__(1, p[1][..., :8]), "weight has shape"),
+        (lambda p, w, o: p.__setitem__(2, p[2].half()), "v is torch.float16 and q torch.float32"),
         (lambda p, w, o: o.update(conv_states=[torch.zeros(1, 16, 2)] * 3), "initial_state has shape"),
         (lambda p, w, o: o.update(state=torch.zeros(1, 1, 16, 8)), "initial_state has shape"),
     ],
@@ -132,7 +133,7 @@ def test_projections_are_let_go():
 def test_errors(change, message):
     projections, weights, options = [torch.randn(1, 6, n) for n in (16, 16, 16, 1)], [torch.randn(16, 1, 4)] * 3, {}
     change(projections, weights, options)
-    with torch.no_grad(), pytest.raises(ValueError, match=message):
+    with torch.no_grad(), pytest.raises((TypeError, ValueError), match=message):
         delta_rule_prompt(projections, weights, **options)
 
 
@@ -146,6 +147,14 @@ def test_plans_are_few(monkeypatch):
     assert len(module._plans) <= 3
 
 
+@interpreter
+def test_weights_of_two_dtypes_take_the_operations(prompts):
+    model = tiny_model(num_hidden_layers=1)
+    model.model.layers[0].attn.k_conv1d.double()
+    read(model, [token_ids(1, 3)])
+    assert not prompts
+
+
 def test_without_kernels_nothing_is_taken():
     with torch.no_grad():
-        assert not takes_prompt(torch.zeros(1, 3, 16), 16, 4)
+        assert not takes_prompt(torch.zeros(1, 3, 16), 16, [torch.zeros(16, 1, 4)] * 3)
