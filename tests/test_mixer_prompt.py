@@ -1,5 +1,7 @@
 """A prompt inside the layer in three launches: the same bits as the operations one by one, and when it is taken."""
 
+import weakref
+
 import pytest
 import torch
 from models import tiny_model, token_ids
@@ -111,12 +113,19 @@ def test_strided_projections_and_changed_layouts():
 
 
 @interpreter
-def test_projections_are_let_go():
-    """The list is empty afterwards, so that nothing holds their memory during the delta rule."""
+def test_nothing_holds_projections_during_the_delta_rule(monkeypatch):
+    held, apply_rule = [], module._Plan.apply_rule
+
+    def watched(plan, *arguments):
+        held.extend(reference() is not None for reference in references)
+        return apply_rule(plan, *arguments)
+
+    monkeypatch.setattr(module._Plan, "apply_rule", watched)
     projections = [torch.randn(1, 5, n) for n in (16, 16, 16, 1)]
+    references = [weakref.ref(x) for x in projections]
     with torch.no_grad():
         delta_rule_prompt(projections, [torch.randn(16, 1, 4) for _ in range(3)])
-    assert projections == []
+    assert held == [False] * 4
 
 
 @interpreter
