@@ -1,8 +1,8 @@
 """
 Claim: with transitions whose eigenvalues may be negative (β up to 2) DeltaNet tracks states that it cannot with β up to 1.
 
-`python -m deltanet.eval.claims.state_tracking` trains on parity (Grazzi et al., 2024), on permutations of three things made of
-swaps, and on all permutations (S3; Siems et al., 2025), tests on sequences longer than those trained on, and writes
+`python -m deltanet.eval.claims.state_tracking` trains on parity (Grazzi et al., 2024), on permutations of three things made
+of swaps, and on all permutations (S3; Siems et al., 2025), tests on sequences longer than those trained on, and writes
 `synthetic_state_tracking.json`, its plot and its table.
 """
 
@@ -14,7 +14,7 @@ WIDTH, RATE = 128, 1e-3
 _WORDS = {"epochs": 20, "batch_size": 512, "test_batch_size": 512, "examples": 100_000, "test_examples": 1024}
 # Published are 20,000 steps for parity and 100 epochs of batches of 2,048 for S3.
 SIZES = {
-    "parity": {"examples": 256 * 8000, "test_examples": 4096, "test_batch_size": 1024},
+    "parity": {"examples": 256 * 5000, "test_examples": 4096, "test_batch_size": 1024},
     "s3_swaps": _WORDS,
     "s3": _WORDS,
 }
@@ -46,8 +46,8 @@ def section(results: Results) -> str:
         "",
         table(["task", "seed", "layers", "trained on", "tested on", *MODELS], rows),
         "",
-        f"Accuracy on the longer sequences in %, with guessing at 0, and the steps it took; training ends above 99 % right. Width "
-        f"{WIDTH}, 4 heads, learning rate {RATE:g}. " + footing(results),
+        "Accuracy on the longer sequences in %, with guessing at 0, and the steps it took; training ends above 99 % right. "
+        f"Width {WIDTH}, 4 heads, learning rate {RATE:g}. " + footing(results),
         "",
     ]
     return "\n".join(lines)

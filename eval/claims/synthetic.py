@@ -72,7 +72,8 @@ class Results:
     def add(self, unit: Unit, result: dict) -> None:
         """Keep the result, in place of an unfinished one."""
         earlier = self.like(unit)
-        self.runs = [run for run in self.runs if run not in earlier] + [{**unit.settings(), **result}]
+        record = json.loads(json.dumps({**unit.settings(), **result}))
+        self.runs = [run for run in self.runs if run not in earlier] + [record]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps({"environment": self.environment, "runs": self.runs}, indent=1) + "\n", encoding="utf-8")
@@ -107,10 +108,9 @@ def describe(run: dict) -> str:
     """One line for the terminal."""
     end = "" if run["complete"] else ", cut off"
     how = "" if run["recorded"] else ", launch by launch"
-    return (
-        f"{run['task']} {run['name']} width {run['width']} rate {run['rate']:g} seed {run['seed']}: {100 * run['best']:.1f} % "
-        f"after {run['steps']} steps of {run['step_ms']:.2f} ms{how}, {run['seconds']:.1f} s{end}"
-    )
+    name = f"{run['task']} {run['name']} width {run['width']} rate {run['rate']:g} seed {run['seed']}"
+    work = f"{run['steps']} steps of {run['step_ms']:.2f} ms{how}, {run['seconds']:.1f} s{end}"
+    return f"{name}: {100 * run['best']:.1f} % after {work}"
 
 
 def best_runs(runs: list[dict]) -> dict[tuple, dict]:

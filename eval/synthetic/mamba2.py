@@ -1,4 +1,4 @@
-"""Transformers' Mamba2 with its scan as one masked matrix product, for training on short sequences without other packages."""
+"""Transformers' Mamba2 with its scan as a masked matrix product, to train on short sequences without other packages."""
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +8,8 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 class MatrixMamba2Mixer(Mamba2Mixer):
     """
-    The same function of the same weights, in the "dual form" of Dao and Gu, 2024 (section 4): quadratic in the length, but all
-    of it matrix products. Transformers' chunked scan without `mamba_ssm` sums over products that it writes to memory, with
-    a chunk of 64 and a state of 128 gigabytes of them for 64,000 tokens.
+    The same function of the same weights, in the "dual form" of Dao and Gu, 2024 (section 4): quadratic in the length, but
+    all of it matrix products. Without `mamba_ssm` Transformers' chunked scan sums over products that it writes to memory.
     """
 
     def forward(self, hidden_states: Tensor, **options) -> Tensor:

@@ -24,7 +24,7 @@ _SHAPES = {
         "head_dim": min(64, width),
         "num_heads": max(2, width // 32),
         "n_groups": 1,
-        "chunk_size": 64,
+        "use_cache": False,
     },
 }
 # Importing the configuration registers it with the Auto classes.

@@ -15,8 +15,8 @@ class RecordedStep:
     Calls `step(*batch)`; on a GPU the fourth call records it and every later one replays the record on its own batch.
 
     Args:
-        step: reads nothing but its arguments and what stays in place (weights, optimizer state), returns nothing, and neither
-            waits for the device nor depends on values.
+        step: reads nothing but its arguments and what stays in place (weights, optimizer state), returns nothing, never
+            waits for the device and depends on no values.
         device: of the batches, all of the first batch's shapes.
     """
 

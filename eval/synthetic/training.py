@@ -1,8 +1,8 @@
 """One training run, and its accuracy on the labelled positions."""
 
-import logging
 import math
 import time
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ SOLVED = 0.99
 _BINS = 32
 # Steps between two looks at the clock, each of which waits for the device.
 _CHECK = 50
-logger = logging.getLogger(__name__)
+_UNTIMED = 10
 
 
 def train(
@@ -45,9 +45,9 @@ def train(
         label: text before the progress bar; no bar without.
         deadline: value of `time.time()` at which to stop.
 
-    Returns `accuracy`, `loss` and `by_position` (last position and accuracy of each of up to 32 ranges) of the last evaluation,
-    `best` accuracy, `scaled` (the best with guessing at 0), `curve` of (epoch, accuracy), `complete` (not cut off by the
-    deadline), `steps`, `step_ms`, `recorded` (as a CUDA graph), `parameters` and `seconds`.
+    Returns `accuracy`, `loss` and `by_position` (last position and accuracy of each of up to 32 ranges) of the last
+    evaluation, `best` accuracy, `scaled` (the best with guessing at 0), `curve` of (epoch, accuracy), `complete` (not cut
+    off by the deadline), `steps`, `step_ms`, `recorded` (as a CUDA graph), `parameters` and `seconds`.
     """
     began = time.time()
     train_set, test_set = (_with_positions(*(part.to(device) for part in pair), device) for pair in (data[:2], data[2:]))
@@ -74,30 +74,55 @@ def _fit(model, optimizer, step, train_set, test_set, settings, rate, seed, devi
     batch, epochs = min(settings["batch_size"], len(train_set[0])), settings["epochs"]
     steps = len(train_set[0]) // batch
     every = steps if epochs > 1 else max(1, steps // 20)
-    run, began, evaluating = {"curve": [], "complete": False}, time.time(), 0.0
-    with tqdm(total=epochs * steps, desc=label, leave=False, disable=label is None) as progress:
-        for index in range(epochs * steps):
+    clock, run, total = _Clock(device), {"curve": []}, epochs * steps
+    with tqdm(total=total, desc=label, leave=False, disable=label is None) as progress:
+        for index in range(total):
             if index % steps == 0:
                 rows = torch.randperm(len(train_set[0]), generator=order).to(device)
             optimizer.param_groups[0]["lr"].fill_(rate * rate_factor(index, steps, epochs, rate, settings))
             chosen = rows[index % steps * batch :][:batch]
             step(*(part[chosen] for part in train_set))
             progress.update()
-            late = index % _CHECK == 0 and _now(device) > deadline
-            last = late or index + 1 == epochs * steps
+            late = index % _CHECK == 0 and clock.now() > deadline
+            last = late or index + 1 == total
+            clock.count()
             if last or (index + 1) % every == 0:
-                paused = _now(device)
-                run |= evaluate(model, *test_set, settings.get("test_batch_size", batch), device)
+                with clock.stopped():
+                    run |= evaluate(model, *test_set, settings.get("test_batch_size", batch), device)
                 run["curve"].append(((index + 1) / steps, run["accuracy"]))
-                evaluating += time.time() - paused
-                logger.info("%s epoch %.2f accuracy %.4f loss %.4f", label, (index + 1) / steps, run["accuracy"], run["loss"])
                 progress.set_postfix(accuracy=f"{run['accuracy']:.3f}", loss=f"{run['loss']:.3f}")
                 if last or run["accuracy"] > SOLVED:
                     break
-    done = index + 1
-    solved = run["accuracy"] > SOLVED
-    step_ms = 1e3 * (_now(device) - began - evaluating) / done
-    return {**run, "complete": solved or done == epochs * steps, "steps": done, "step_ms": step_ms}
+    complete = not late or index + 1 == total or run["accuracy"] > SOLVED
+    return {**run, "complete": complete, "steps": index + 1, "step_ms": clock.step_ms()}
+
+
+class _Clock:
+    """Time of a step, without the evaluations and the first steps, which compile and record."""
+
+    def __init__(self, device: str):
+        self.device, self.steps, self.spent = device, 0, 0.0
+        self.since = self.now()
+
+    def now(self) -> float:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+        return time.time()
+
+    def count(self) -> None:
+        self.steps += 1
+        if self.steps == _UNTIMED:
+            self.since, self.spent = self.now(), 0.0
+
+    @contextmanager
+    def stopped(self):
+        self.spent += self.now() - self.since
+        yield
+        self.since = self.now()
+
+    def step_ms(self) -> float:
+        self.spent += self.now() - self.since
+        return 1e3 * self.spent / (self.steps - _UNTIMED if self.steps > _UNTIMED else self.steps)
 
 
 def rate_factor(step: int, steps: int, epochs: int, rate: float, settings: dict) -> float:
@@ -179,9 +204,3 @@ def _logits(model, inputs, positions, device: str):
         hidden = model.base_model(input_ids=inputs.long(), use_cache=False).last_hidden_state
         chosen = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
         return model.get_output_embeddings()(chosen)
-
-
-def _now(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return time.time()
