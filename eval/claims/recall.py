@@ -9,9 +9,9 @@ from ..synthetic.tasks import TASKS
 from .synthetic import Results, Unit, best_runs, command, footing, table
 
 WIDTHS = (64, 128, 256)
-RATES = (2e-3, 5e-4)
-# 12 epochs in place of Zoology's 64, and two learning rates in place of four.
-TASK = TASKS["mqar"].resized(epochs=12, test_batch_size=500)
+RATES = (2e-3, 1e-2)
+# Zoology: 64 epochs of batches of 128, four learning rates from 1e-4 to 1e-2, 3,000 test examples.
+TASK = TASKS["mqar"].resized(epochs=4, batch_size=64, evaluate_every=250, test_examples=1000, test_batch_size=500)
 
 
 def specification(name: str, width: int) -> str:

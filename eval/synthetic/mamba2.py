@@ -28,9 +28,9 @@ class MatrixMamba2Mixer(Mamba2Mixer):
         B, C = (y.unflatten(-1, (self.n_groups, self.ssm_state_size)).transpose(1, 2) for y in (B, C))  # [B, G, T, N]
 
         dt = F.softplus(dt.float() + self.dt_bias).clamp(*self.time_step_limit).transpose(1, 2)  # [B, H, T]
-        weight = _decay(dt * -self.A_log.float().exp()[:, None]).to(x.dtype) * dt.to(x.dtype)[:, :, None]
-        scores = (C @ B.mT).repeat_interleave(self.num_heads // self.n_groups, 1) * weight
-        y = scores @ x + self.D[:, None, None] * x
+        decay = _decay(dt * -self.A_log.float().exp()[:, None]).to(x.dtype)
+        scores = (C @ B.mT)[:, :, None] * decay.unflatten(1, (self.n_groups, -1))
+        y = scores.flatten(1, 2) @ (x * dt.to(x.dtype)[..., None]) + self.D[:, None, None] * x
         return self.out_proj(self.norm(y.transpose(1, 2).flatten(2), gate).to(hidden_states.dtype))
 
 

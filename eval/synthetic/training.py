@@ -69,11 +69,11 @@ def train(
 
 
 def _fit(model, optimizer, step, train_set, test_set, settings, rate, seed, device, label, deadline) -> dict:
-    """Train on whole batches and evaluate after every epoch (20 times where there is one)."""
+    """Train on whole batches, with an evaluation every `evaluate_every` steps, or each epoch (20 times if there is one)."""
     order = torch.Generator().manual_seed(seed)
     batch, epochs = min(settings["batch_size"], len(train_set[0])), settings["epochs"]
     steps = len(train_set[0]) // batch
-    every = steps if epochs > 1 else max(1, steps // 20)
+    every = settings.get("evaluate_every", steps if epochs > 1 else max(1, steps // 20))
     clock, run, total = _Clock(device), {"curve": []}, epochs * steps
     with tqdm(total=total, desc=label, leave=False, disable=label is None) as progress:
         for index in range(total):
