@@ -61,7 +61,10 @@ def test_the_first_learning_rate_of_everything_comes_first():
     units = recall.units([0, 1])
     half = len(units) // 2
     assert [unit.seed for unit in units] == [0] * half + [1] * half
-    assert [unit.rate for unit in units[:half]] == [recall.RATES[0]] * (half // 2) + [recall.RATES[1]] * (half // 2)
+    first, second = units[: half // 2], units[half // 2 : half]
+    points = [{(unit.name, unit.width) for unit in part} for part in (first, second)]
+    assert points[0] == points[1] and len(points[0]) == len(first), "each model once at each rate"
+    assert all(unit.rate == recall.RATES[unit.name][0] for unit in first)
     assert [unit.name for unit in units[:2]] == ["DeltaNet", "Transformer"]
 
 
@@ -92,7 +95,7 @@ def test_a_second_learning_rate_is_for_what_the_first_did_not_solve(tmp_path, mo
     results = Results(tmp_path / "x.json")
     run_units(_recall_units([0]), results, "cpu", time.time() + 60)
     rates = {name: [run["rate"] for run in results.runs if run["name"] == name] for name in ("Transformer", "DeltaNet")}
-    assert rates == {"Transformer": [recall.RATES[0]], "DeltaNet": list(recall.RATES)}
+    assert rates == {"Transformer": [2e-3], "DeltaNet": [5e-3, 2e-3]}
 
 
 def test_a_failing_run_stops_no_other_and_time_does(tmp_path, monkeypatch, capsys):
@@ -123,11 +126,15 @@ def test_a_run_is_cut_off_at_the_deadline(tmp_path):
 def test_the_recall_table_takes_the_best_learning_rate(tmp_path):
     units = recall.units([0])
     best = {"DeltaNet": 0.995, "Transformer": 0.5}
-    results = _filled(tmp_path / "x.json", units, lambda unit: best.get(unit.name, 0.1) * (1 if unit.rate > 1e-3 else 0.5))
+    results = _filled(
+        tmp_path / "x.json",
+        units,
+        lambda unit: best.get(unit.name, 0.1) * (1 if unit.rate == recall.RATES[unit.name][0] else 0.5),
+    )
     text = recall.section(results)
-    assert "| DeltaNet | 0 | 99.5 (2.0) | 99.5 (2.0) | 99.5 (2.0) |" in text
-    assert "| Transformer | 0 | 50.0 (2.0) |" in text and "H100, torch 2.11" in text
-    assert "Length 512, 64 pairs, 100,000 examples, batch 128" in text
+    assert "| DeltaNet | 0 | 99.5 (2.0, 0.005) | 99.5 (2.0, 0.005) | 99.5 (2.0, 0.005) |" in text
+    assert "| Transformer | 0 | 50.0 (2.0, 0.002) |" in text and "H100, torch 2.11" in text
+    assert "Length 512, 64 pairs, 100,000 examples, batch 64" in text
 
 
 def test_the_tracking_table_has_a_column_for_each_range_of_beta(tmp_path):

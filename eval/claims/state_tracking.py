@@ -11,7 +11,7 @@ from .synthetic import Results, Unit, best_runs, command, footing, table
 
 MODELS = {"β ≤ 1": "deltanet", "β ≤ 2": "deltanet:allow_neg_eigval=true"}
 WIDTH, RATE = 128, 1e-3
-_WORDS = {"epochs": 20, "batch_size": 512, "test_batch_size": 512, "examples": 100_000, "test_examples": 1024}
+_WORDS = {"epochs": 12, "batch_size": 512, "test_batch_size": 512, "examples": 100_000, "test_examples": 1024}
 # Published are 20,000 steps for parity and 100 epochs of batches of 2,048 for S3.
 SIZES = {
     "parity": {"examples": 256 * 5000, "test_examples": 4096, "test_batch_size": 1024},
