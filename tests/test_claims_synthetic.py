@@ -126,11 +126,11 @@ def test_a_run_is_cut_off_at_the_deadline(tmp_path):
 def test_the_recall_table_takes_the_best_learning_rate(tmp_path):
     units = recall.units([0])
     best = {"DeltaNet": 0.995, "Transformer": 0.5}
-    results = _filled(
-        tmp_path / "x.json",
-        units,
-        lambda unit: best.get(unit.name, 0.1) * (1 if unit.rate == recall.RATES[unit.name][0] else 0.5),
-    )
+
+    def accuracy(unit):
+        return best.get(unit.name, 0.1) * (1 if unit.rate == recall.RATES[unit.name][0] else 0.5)
+
+    results = _filled(tmp_path / "x.json", units, accuracy)
     text = recall.section(results)
     assert "| DeltaNet | 0 | 99.5 (2.0, 0.005) | 99.5 (2.0, 0.005) | 99.5 (2.0, 0.005) |" in text
     assert "| Transformer | 0 | 50.0 (2.0, 0.002) |" in text and "H100, torch 2.11" in text

@@ -57,7 +57,7 @@ def section(results: Results) -> str:
         "",
         table(["model", "seed", *(f"width {width}" for width in widths)], rows),
         "",
-        f"Test accuracy in %; the epoch of {first['epochs']} with it and the learning rate. Length {first['sizes']['length']}, "
+        f"Test accuracy in %, with the epoch of {first['epochs']} and the learning rate. Length {first['sizes']['length']}, "
         f"{first['sizes']['pairs']} pairs, {first['examples']:,} examples, batch {first['batch_size']}; training ends above "
         "99 %. A second learning rate was tried where the first did not solve the task. " + footing(results),
         "",
