@@ -29,9 +29,9 @@ SLOW_MS = 1500
 """Calls that take longer are not traced as well: the trace repeats them ten times."""
 
 
-def random_ids(B: int, T: int, device) -> torch.Tensor:
+def random_ids(B: int, T: int, device, vocabulary: int = model_peers.VOCABULARY) -> torch.Tensor:
     generator = torch.Generator(device).manual_seed(0)
-    return torch.randint(model_peers.VOCABULARY, (B, T), device=device, generator=generator)
+    return torch.randint(vocabulary, (B, T), device=device, generator=generator)
 
 
 def seconds(work, device) -> float:
@@ -103,7 +103,8 @@ class Clock(StoppingCriteria):
 
 def measure_decode(model, device, task) -> dict:
     """Tokens a second of `generate` behind a context of T tokens, the reading of which is left out, and the memory."""
-    ids, new, clock = random_ids(task["B"], task["T"], device), task.get("new", 66), Clock()
+    ids = random_ids(task["B"], task["T"], device, model.config.vocab_size)
+    new, clock = task.get("new", 66), Clock()
     generate(model, ids[:, :64], 4)
     before = _allocated(device, reset=True)
     output = generate(model, ids, new, stopping_criteria=[clock], return_dict_in_generate=True)
