@@ -24,7 +24,8 @@ class TooSlow(Exception):
     """A run would take longer than it may."""
 
     def __init__(self, step_ms: float, steps: int):
-        super().__init__(f"a step takes {step_ms:.0f} ms, the {steps} steps of a run would take {step_ms * steps / 1e3:.0f} s")
+        seconds = step_ms * steps / 1e3
+        super().__init__(f"a step takes {step_ms:.0f} ms, the {steps} steps of a run would take {seconds:.0f} s")
         self.step_ms = step_ms
 
 

@@ -17,7 +17,8 @@ def token_losses(model: PreTrainedModel, stream: np.ndarray, length: int, tokens
     for rows in windows.split(max(1, tokens_at_once // length)):
         ids = rows.to(model.device).long()
         logits = model.lm_head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1])
-        losses.append(F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1))
+        nats = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        losses.append(nats.view(len(ids), -1))
     return torch.cat(losses)
 
 
