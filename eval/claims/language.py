@@ -25,7 +25,7 @@ from ...benchmarks.timing import environment
 from ...train.finished import write_whole
 from ...train.quiet import quiet
 from ...train.shards import TokenShards
-from .language_models import CONFIGURATIONS, ROWS_AT_ONCE, Size, build, parameters
+from .language_models import CONFIGURATIONS, LONGEST, ROWS_AT_ONCE, Size, build, parameters
 from .language_training import OutOfTime, TooSlow, cast, train, training_tokens
 from .needles import Words, recall
 from .text_measures import context_perplexities, perplexity
@@ -68,7 +68,7 @@ class Settings:
     contexts: tuple = (1024, 4096, 16384, 65536)
     generation_batch: int = 8
     new_tokens: int = 34
-    longest_s: float = 60  # training of one model
+    longest_s: float = 100  # training of one model
 
     @classmethod
     def tiny(cls) -> "Settings":
@@ -87,10 +87,17 @@ class Corpus:
         self.streams = {split: part.read(0, len(part)).numpy() for split, part in shards.items()}
         self.vocab = len(shards["train"].tokenizer)
         self.words = Words.of(shards["train"].tokenizer)
+        self.drawn = None, None
         self.identity = {
             "vocabulary": self.vocab,
             **{split: {"tokens": len(part), "checksum": part.checksum} for split, part in shards.items()},
         }
+
+    def sequences(self, settings: Settings, seed: int) -> np.ndarray:
+        """`training_tokens` of a seed, which all models share."""
+        if self.drawn[0] != (settings, seed):
+            self.drawn = (settings, seed), training_tokens(self.streams["train"], self.words, settings, seed)
+        return self.drawn[1]
 
 
 class Results:
@@ -141,15 +148,17 @@ def units(models: list[str], seeds: list[int]) -> list[dict]:
 def run_training(model_name: str, seed: int, corpus: Corpus, settings: Settings, device: str, deadline: float) -> dict:
     """Train a model and measure it."""
     model = build(model_name, settings.size, corpus.vocab, seed).to(device)
-    tokens = torch.from_numpy(training_tokens(corpus.streams["train"], corpus.words, settings, seed)).to(device)
-    rows = ROWS_AT_ONCE.get(model_name, settings.batch)
+    tokens = torch.from_numpy(corpus.sequences(settings, seed)).to(device)
+    rows, longest = ROWS_AT_ONCE.get(model_name, settings.batch), LONGEST.get(model_name, max(settings.lengths))
     at_once = min(settings.tokens_at_once, rows * settings.length)
     validation = corpus.streams["validation"][: settings.validation_tokens]
     evaluate = lambda model: perplexity(model, validation, settings.length, at_once)  # noqa: E731
     figures = train(model, tokens, settings, rows, evaluate, deadline)
     test = corpus.streams["test"]
-    lengths, positions = context_perplexities(model, test[: settings.length_tokens], settings.lengths, at_once)
-    needles, distances = measure_recall(model, corpus, settings, at_once)
+    whole = min(settings.length_tokens, len(test)) // max(settings.lengths) * max(settings.lengths)
+    allowed = [length for length in settings.lengths if length <= longest]
+    lengths, positions = context_perplexities(model, test[:whole], allowed, at_once)
+    needles, distances = measure_recall(model, corpus, settings, at_once, longest)
     return {
         "parameters": parameters(model),
         **figures,
@@ -162,10 +171,12 @@ def run_training(model_name: str, seed: int, corpus: Corpus, settings: Settings,
     }
 
 
-def measure_recall(model, corpus: Corpus, settings: Settings, at_once: int) -> tuple[list[dict], list[dict]]:
+def measure_recall(
+    model, corpus: Corpus, settings: Settings, at_once: int, longest: int
+) -> tuple[list[dict], list[dict]]:
     """Shares of right answers by number of facts and length, and, with `length_facts` facts, by distance."""
     cells = [(settings.length, count) for count in settings.recall_facts]
-    cells += [(length, settings.length_facts) for length in settings.recall_lengths]
+    cells += [(length, settings.length_facts) for length in settings.recall_lengths if length <= longest]
     needles, answers = [], []
     for length, count in cells:
         cell = recall(model, corpus.streams["test"], corpus.words, length, count, settings.recall_sequences, at_once)

@@ -1,10 +1,12 @@
 """Tables of `language.json` for `eval/RESULTS.md`."""
 
+from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 
 from ..paper import load_paper
 from .language_models import CONFIGURATIONS, LABELS
-from .language_runs import average, failed, generating, load, trained
+from .language_runs import failed, generating, load, trained
 from .markdown import image, not_run, table
 
 IN_PAPER = {
@@ -46,7 +48,7 @@ def modelling(folder: Path) -> str:
     """Perplexities: the mean over the seeds, and each of them."""
     rows, paper = [], {row["model"]: row["values"]["Wiki"] for row in load_paper()["rows"] if row["size"].startswith("340M")}
     for name, runs in trained(folder).items():
-        means = [average(runs, lambda run: run[key]) for key in ("validation", "test", "step_ms", "train_s")]  # noqa: B023
+        means = [mean(run[key] for run in runs) for key in ("validation", "test", "step_ms", "train_s")]
         each = ", ".join(f"{run['test']:.2f}" for run in runs)
         size = f"{runs[0]['parameters'] / 1e6:.2f} M"
         figures = ("{:.2f} | {:.2f} | {each} | {:.1f} | {:.1f}").format(*means, each=each)
@@ -61,24 +63,26 @@ def modelling(folder: Path) -> str:
 
 def recall(folder: Path) -> str:
     """Shares of right answers by number of facts and length of the passage."""
-    rows, heads = [], []
-    for name, runs in trained(folder).items():
-        heads = [f"{cell['facts']} in {cell['length']:,}" for cell in runs[0]["needles"]]
-        shares = [average(runs, lambda run: run["needles"][cell]["right"]) for cell in range(len(heads))]  # noqa: B023
-        rows.append((LABELS[name], *(f"{share:.0%}" for share in shares)))
-    picture = image(folder / "language_recall.png", "Facts recalled, by their number and by distance")
-    return _joined(table(["facts in tokens", *heads], rows), picture)
+    named = lambda cell: f"{cell['facts']} in {cell['length']:,}"  # noqa: E731
+    text = _by_cell(folder, "facts in tokens", lambda run: {named(cell): cell["right"] for cell in run["needles"]}, "{:.0%}")
+    return _joined(text, image(folder / "language_recall.png", "Facts recalled, by their number and by distance"))
 
 
 def length(folder: Path) -> str:
     """Perplexities of the same text in windows of each length."""
-    rows, heads = [], []
-    for name, runs in trained(folder).items():
-        heads = [f"{tokens:,}" for tokens, _ in runs[0]["lengths"]]
-        means = [average(runs, lambda run: run["lengths"][cell][1]) for cell in range(len(heads))]  # noqa: B023
-        rows.append((LABELS[name], *(f"{value:.2f}" for value in means)))
-    picture = image(folder / "language_length.png", "Perplexity by length and by position")
-    return _joined(table(["tokens in a window", *heads], rows), picture)
+    text = _by_cell(folder, "tokens in a window", lambda run: {f"{at:,}": value for at, value in run["lengths"]}, "{:.2f}")
+    return _joined(text, image(folder / "language_length.png", "Perplexity by length and by position"))
+
+
+def _by_cell(folder: Path, heading: str, cells: Callable[[dict], dict[str, float]], form: str) -> str:
+    """A row for each model with means over its seeds; a dash where a model has no such cell."""
+    models = {name: [cells(run) for run in runs] for name, runs in trained(folder).items()}
+    heads = list(dict.fromkeys(cell for runs in models.values() for cell in runs[0]))
+    rows = []
+    for name, runs in models.items():
+        shown = (form.format(mean(run[cell] for run in runs)) if cell in runs[0] else "–" for cell in heads)
+        rows.append((LABELS[name], *shown))
+    return table([heading, *heads], rows)
 
 
 def generation(folder: Path) -> str:

@@ -1,9 +1,7 @@
 """Reads `language.json`: the runs by model."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
 
 from .language import FILE
 from .language_models import CONFIGURATIONS
@@ -30,11 +28,6 @@ def failed(folder: Path) -> dict[str, str]:
 
 def generating(folder: Path) -> list[dict]:
     return [run for run in _runs(folder, "generation") if "error" not in run]
-
-
-def average(runs: list[dict], figure: Callable[[dict], float]) -> float:
-    """Over the seeds of a model."""
-    return mean(figure(run) for run in runs)
 
 
 def _runs(folder: Path, kind: str) -> list[dict]:
