@@ -12,7 +12,15 @@ import torch
 from deltanet.eval.claims import language, needles, text_measures
 from deltanet.eval.claims.language import Results, Settings
 from deltanet.eval.claims.language_models import CONFIGURATIONS, LABELS, Size, build, parameters
-from deltanet.eval.claims.language_training import MasterWeights, OutOfTime, TooSlow, next_token_loss, train, training_tokens
+from deltanet.eval.claims.language_training import (
+    MasterWeights,
+    OutOfTime,
+    TooSlow,
+    cast,
+    next_token_loss,
+    train,
+    training_tokens,
+)
 from deltanet.eval.claims.needles import Words, ask, hide
 from deltanet.train.prepare import prepare
 from deltanet.train.sources import FileSource
@@ -92,7 +100,12 @@ class _Oracle(torch.nn.Module):
 
     def __init__(self, knows):
         super().__init__()
-        self.knows, self.lm_head, self.base_model = knows, torch.nn.Identity(), self.answer
+        self.knows, self.base_model = knows, self.answer
+        self.lm_head = torch.nn.Linear(1200, 1200, bias=False)
+        self.lm_head.weight.data = torch.eye(1200)
+
+    def get_output_embeddings(self):
+        return self.lm_head
 
     def answer(self, input_ids, use_cache):
         logits = torch.zeros(*input_ids.shape, 1200)
@@ -143,6 +156,20 @@ def test_loss_is_that_of_the_model(name):
     torch.testing.assert_close(next_token_loss(model, ids), expected, rtol=1e-5, atol=1e-5)
     losses = text_measures.token_losses(model, ids.flatten().numpy(), 24, 24)
     torch.testing.assert_close(losses.mean(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_models_run_in_bfloat16_as_on_a_gpu(name):
+    model = build(name, TINY.size, 61)
+    ids = torch.randint(61, (2, 64), generator=torch.Generator().manual_seed(0))
+    exact = next_token_loss(model, ids)
+    cast(model, torch.bfloat16)
+    loss = next_token_loss(model, ids)
+    loss.backward()
+    assert all(weight.grad.isfinite().all() and weight.grad.any() for weight in model.parameters())
+    torch.testing.assert_close(loss.float(), exact, rtol=1e-2, atol=0)
+    losses = text_measures.token_losses(model, ids.flatten().numpy(), 64, 64)
+    torch.testing.assert_close(losses.mean(), exact.detach(), rtol=1e-2, atol=0)
 
 
 def test_master_weights_step_as_adamw_does():

@@ -171,9 +171,7 @@ def run_training(model_name: str, seed: int, corpus: Corpus, settings: Settings,
     }
 
 
-def measure_recall(
-    model, corpus: Corpus, settings: Settings, at_once: int, longest: int
-) -> tuple[list[dict], list[dict]]:
+def measure_recall(model, corpus: Corpus, settings: Settings, at_once: int, longest: int) -> tuple[list[dict], list[dict]]:
     """Shares of right answers by number of facts and length, and, with `length_facts` facts, by distance."""
     cells = [(settings.length, count) for count in settings.recall_facts]
     cells += [(length, settings.length_facts) for length in settings.recall_lengths if length <= longest]

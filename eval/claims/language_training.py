@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ...fused_deltanet import linear_cross_entropy
 from ..synthetic.training import rate_factor
 from .needles import Words, hide
+from .text_measures import last_hidden
 
 PROBE = 3
 """Steps after which, and for which, the time of a step is measured before a run goes on."""
@@ -49,8 +50,7 @@ def training_tokens(stream: np.ndarray, words: Words, settings, seed: int) -> np
 
 def next_token_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """The mean loss of ids [B, T], computed alike for every model, without holding all logits."""
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return linear_cross_entropy(model.lm_head, hidden[:, :-1], ids[:, 1:])
+    return linear_cross_entropy(model.lm_head, last_hidden(model, ids)[:, :-1], ids[:, 1:])
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .text_measures import last_hidden
+
 _WORD = re.compile(r"Ġ[A-Za-z]{3,}")
 WORDS = 512
 """The last learnt, and so rarest, whole words of the vocabulary; every other one is a key."""
@@ -118,7 +120,7 @@ def recall(
         starts = rng.integers(0, len(text) - length + 1, min(rows, sequences - first))
         asked = [ask(text[start : start + length], words, rng, facts, min(facts, ASKED)) for start in starts]
         ids, places = (torch.from_numpy(np.stack(part)).to(model.device) for part in list(zip(*asked))[:2])
-        hidden = model.base_model(input_ids=ids.long(), use_cache=False).last_hidden_state
+        hidden = last_hidden(model, ids)
         before = (places - 1)[..., None].expand(-1, -1, hidden.shape[-1])
         answers = model.lm_head(hidden.gather(1, before)).argmax(-1)
         right.append((answers == ids.gather(1, places)).flatten().cpu().numpy())

@@ -9,6 +9,12 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 
+def last_hidden(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """What the head reads for ids [B, T], in the head's dtype: Mamba2's residual stream is float32."""
+    hidden = model.base_model(input_ids=ids.long(), use_cache=False).last_hidden_state
+    return hidden.to(model.get_output_embeddings().weight.dtype)
+
+
 @torch.no_grad()
 def token_losses(model: PreTrainedModel, stream: np.ndarray, length: int, tokens_at_once: int) -> torch.Tensor:
     """Nats [windows, length - 1] of all tokens but the first in windows of the stream [N]; a shorter rest is left out."""
@@ -16,7 +22,7 @@ def token_losses(model: PreTrainedModel, stream: np.ndarray, length: int, tokens
     losses = []
     for rows in windows.split(max(1, tokens_at_once // length)):
         ids = rows.to(model.device).long()
-        logits = model.lm_head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1])
+        logits = model.lm_head(last_hidden(model, ids)[:, :-1])
         nats = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         losses.append(nats.view(len(ids), -1))
     return torch.cat(losses)
