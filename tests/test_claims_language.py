@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from deltanet.eval.claims import language, needles, text_measures
+from deltanet.eval.claims import chunked_mamba2, language, needles, text_measures
 from deltanet.eval.claims.language import Results, Settings
 from deltanet.eval.claims.language_models import CONFIGURATIONS, LABELS, Size, build, parameters
 from deltanet.eval.claims.language_training import (
@@ -22,6 +22,7 @@ from deltanet.eval.claims.language_training import (
     training_tokens,
 )
 from deltanet.eval.claims.needles import Words, ask, hide
+from deltanet.eval.synthetic.models import build_model
 from deltanet.train.prepare import prepare
 from deltanet.train.sources import FileSource
 from deltanet.train.text import DATA, shipped_chapters
@@ -208,24 +209,32 @@ def test_train_returns_a_curve_and_stops_when_it_must():
     model = build("deltanet", TINY.size, 61)
     tokens = torch.randint(61, (TINY.steps, 4, 32), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     later = time.monotonic() + 100
-    loss = lambda model: next_token_loss(model, tokens[0].long()).item()  # noqa: E731
-    figures = train(model, tokens, TINY, 4, loss, later)
+    loss = lambda model: next_token_loss(model, tokens[0]).item()  # noqa: E731
+    figures = train(model, tokens, TINY, loss, later)
     assert [seen for seen, _ in figures["curve"]] == [TINY.steps * 64, TINY.steps * 128]
     assert figures["curve"][-1][1] < math.log(61) and figures["step_ms"] > 0
     with pytest.raises(OutOfTime):
-        train(model, tokens, TINY, 4, loss, time.monotonic() - 1)
+        train(model, tokens, TINY, loss, time.monotonic() - 1)
     with pytest.raises(TooSlow, match="the 8 steps of a run would take"):
-        train(model, tokens, Settings(steps=8, longest_s=0.0), 4, loss, later)
+        train(model, tokens, Settings(steps=8, longest_s=0.0), loss, later)
 
 
-def test_parts_of_a_batch_add_up():
-    tokens = torch.randint(61, (1, 4, 32), generator=torch.Generator().manual_seed(0))
-    weights = []
-    for rows in (4, 2):
-        model = build("deltanet", TINY.size, 61)
-        train(model, tokens, Settings(steps=1, evaluations=1), rows, lambda model: 0.0, time.monotonic() + 100)
-        weights.append(torch.nn.utils.parameters_to_vector(model.parameters()))
-    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(("length", "chunk"), [(40, 8), (37, 16), (5, 8)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_mamba2_in_chunks_is_its_matrix_form(length, chunk, groups, monkeypatch):
+    monkeypatch.setattr(chunked_mamba2, "CHUNK", chunk)
+    model = build_model(f"mamba2:state_size=8,n_groups={groups},num_heads=4,head_dim=32", 32, 64, 2).double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    ids = torch.randint(0, 32, (2, length), generator=generator)
+    results = []
+    for change in (lambda model: None, chunked_mamba2.use_chunked_form):
+        change(model)
+        logits = model(ids, use_cache=False).logits
+        results.append((logits, *torch.autograd.grad(logits.square().mean(), list(model.parameters()))))
+    for matrix, chunked in zip(*results):
+        torch.testing.assert_close(chunked, matrix, rtol=1e-4, atol=1e-7)
 
 
 def test_perplexities_by_length_and_position(monkeypatch):
@@ -236,7 +245,7 @@ def test_perplexities_by_length_and_position(monkeypatch):
         return torch.arange(1, length).repeat(len(stream) // length, 1) / length
 
     monkeypatch.setattr(text_measures, "token_losses", losses)
-    by_length, by_position = text_measures.context_perplexities(None, np.zeros(1536), (128, 512), 0)
+    by_length, by_position = text_measures.context_perplexities(None, np.zeros(1700), (128, 512), 0)
     assert seen == [(1536, 128), (1536, 512)]
     assert by_length == [(128, pytest.approx(math.exp(0.5))), (512, pytest.approx(math.exp(0.5)))]
     assert [end for end, _ in by_position] == [128, 256, 512]

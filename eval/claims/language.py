@@ -25,7 +25,7 @@ from ...benchmarks.timing import environment
 from ...train.finished import write_whole
 from ...train.quiet import quiet
 from ...train.shards import TokenShards
-from .language_models import CONFIGURATIONS, LONGEST, ROWS_AT_ONCE, Size, build, parameters
+from .language_models import CONFIGURATIONS, Size, build, parameters
 from .language_training import OutOfTime, TooSlow, cast, train, training_tokens
 from .needles import Words, recall
 from .text_measures import context_perplexities, perplexity
@@ -53,7 +53,7 @@ class Settings:
     weight_decay: float = 0.1
     betas: tuple = (0.9, 0.95)
     clip: float = 1.0
-    needle_rows: int = 4  # of a batch
+    needle_rows: int = 8  # of a batch
     most_facts: int = 64
     evaluations: int = 8
     validation_tokens: int = 2**18
@@ -149,21 +149,18 @@ def run_training(model_name: str, seed: int, corpus: Corpus, settings: Settings,
     """Train a model and measure it."""
     model = build(model_name, settings.size, corpus.vocab, seed).to(device)
     tokens = torch.from_numpy(corpus.sequences(settings, seed)).to(device)
-    rows, longest = ROWS_AT_ONCE.get(model_name, settings.batch), LONGEST.get(model_name, max(settings.lengths))
-    at_once = min(settings.tokens_at_once, rows * settings.length)
     validation = corpus.streams["validation"][: settings.validation_tokens]
-    evaluate = lambda model: perplexity(model, validation, settings.length, at_once)  # noqa: E731
-    figures = train(model, tokens, settings, rows, evaluate, deadline)
+    evaluate = lambda model: perplexity(model, validation, settings.length, settings.tokens_at_once)  # noqa: E731
+    figures = train(model, tokens, settings, evaluate, deadline)
     test = corpus.streams["test"]
-    whole = min(settings.length_tokens, len(test)) // max(settings.lengths) * max(settings.lengths)
-    allowed = [length for length in settings.lengths if length <= longest]
-    lengths, positions = context_perplexities(model, test[:whole], allowed, at_once)
-    needles, distances = measure_recall(model, corpus, settings, at_once, longest)
+    text = test[: settings.length_tokens]
+    lengths, positions = context_perplexities(model, text, settings.lengths, settings.tokens_at_once)
+    needles, distances = measure_recall(model, corpus, settings)
     return {
         "parameters": parameters(model),
         **figures,
         "validation": figures["curve"][-1][1],
-        "test": perplexity(model, test[: settings.test_tokens], settings.length, at_once),
+        "test": perplexity(model, test[: settings.test_tokens], settings.length, settings.tokens_at_once),
         "needles": needles,
         "distances": distances,
         "lengths": lengths,
@@ -171,13 +168,14 @@ def run_training(model_name: str, seed: int, corpus: Corpus, settings: Settings,
     }
 
 
-def measure_recall(model, corpus: Corpus, settings: Settings, at_once: int, longest: int) -> tuple[list[dict], list[dict]]:
+def measure_recall(model, corpus: Corpus, settings: Settings) -> tuple[list[dict], list[dict]]:
     """Shares of right answers by number of facts and length, and, with `length_facts` facts, by distance."""
     cells = [(settings.length, count) for count in settings.recall_facts]
-    cells += [(length, settings.length_facts) for length in settings.recall_lengths if length <= longest]
+    cells += [(length, settings.length_facts) for length in settings.recall_lengths]
     needles, answers = [], []
+    sizes = settings.recall_sequences, settings.tokens_at_once
     for length, count in cells:
-        cell = recall(model, corpus.streams["test"], corpus.words, length, count, settings.recall_sequences, at_once)
+        cell = recall(model, corpus.streams["test"], corpus.words, length, count, *sizes)
         needles.append({"length": length, "facts": count, "right": cell[0].mean().item(), "asked": cell[0].size})
         answers += [cell] if count == settings.length_facts else []
     right, distances = (np.concatenate(part) for part in zip(*answers))

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Mamba2Config, PreTra
 
 from deltanet import DeltaNetConfig
 
-from ..synthetic.mamba2 import use_matrix_form
+from .chunked_mamba2 import use_chunked_form
 
 _NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
@@ -84,11 +84,6 @@ LABELS = {
     "transformer": "Transformer (Llama blocks)",
     "mamba2": "Mamba2",
 }
-ROWS_AT_ONCE = {"mamba2": 16}
-"""Sequences in one forward, where not the whole batch: the matrix form of Mamba2 holds several numbers a head for every pair
-of tokens."""
-LONGEST = {"mamba2": 2048}
-"""Tokens in a sequence, where there is a limit, for the same reason."""
 
 
 def build(name: str, size: Size, vocab: int, seed: int = 0) -> PreTrainedModel:
@@ -101,7 +96,7 @@ def build(name: str, size: Size, vocab: int, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if name == "mamba2":
-        use_matrix_form(model)
+        use_chunked_form(model)
     return model
 
 

@@ -50,7 +50,7 @@ def training_tokens(stream: np.ndarray, words: Words, settings, seed: int) -> np
 
 def next_token_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """The mean loss of ids [B, T], computed alike for every model, without holding all logits."""
-    return linear_cross_entropy(model.lm_head, last_hidden(model, ids)[:, :-1], ids[:, 1:])
+    return linear_cross_entropy(model.lm_head, last_hidden(model, ids)[:, :-1], ids[:, 1:].long())
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -87,7 +87,7 @@ class MasterWeights:
             weight.grad = None
 
 
-def train(model: PreTrainedModel, tokens: torch.Tensor, settings, rows_at_once: int, evaluate, deadline: float) -> dict:
+def train(model: PreTrainedModel, tokens: torch.Tensor, settings, evaluate, deadline: float) -> dict:
     """
     Train in bfloat16 with float32 master weights (in float32 on a CPU).
 
@@ -95,7 +95,6 @@ def train(model: PreTrainedModel, tokens: torch.Tensor, settings, rows_at_once: 
         model: in float32, on its device.
         tokens: [steps, batch, length] on the same device.
         settings: see `language.Settings`.
-        rows_at_once: sequences in one forward.
         evaluate: called `settings.evaluations` times; what it returns is kept.
         deadline: on the clock of `time.monotonic`.
 
@@ -113,8 +112,7 @@ def train(model: PreTrainedModel, tokens: torch.Tensor, settings, rows_at_once: 
         if time.monotonic() > deadline:
             raise OutOfTime
         model.train()
-        for part in batch.split(rows_at_once):
-            (next_token_loss(model, part.long()) * (len(part) / len(batch))).backward()
+        next_token_loss(model, batch).backward()
         weights.step(settings.learning_rate * rate_factor(step, settings.steps, 1, settings.learning_rate, schedule))
         clock.step()
         if step + 1 == 2 * PROBE and clock.milliseconds() * settings.steps > settings.longest_s * 1e3:

@@ -35,11 +35,12 @@ def perplexity(model: PreTrainedModel, stream: np.ndarray, length: int, tokens_a
 def context_perplexities(
     model: PreTrainedModel, stream: np.ndarray, lengths: Sequence[int], tokens_at_once: int
 ) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """(length, perplexity) of the stream in windows of each length, the longest of which fits in without a rest, and (end,
-    perplexity) of the tokens from each power of two to the next, `end`, in the longest windows."""
+    """(length, perplexity) of the same text in windows of each length, and (end, perplexity) of the tokens from each power
+    of two to the next, `end`, in the longest windows."""
+    text = stream[: len(stream) // max(lengths) * max(lengths)]
     by_length, by_position, begin = [], [], 0
     for length in lengths:
-        losses = token_losses(model, stream, length, tokens_at_once)
+        losses = token_losses(model, text, length, tokens_at_once)
         by_length.append((length, math.exp(losses.mean().item())))
     end = 128
     while begin < losses.shape[1]:

@@ -28,10 +28,17 @@ class MatrixMamba2Mixer(Mamba2Mixer):
         B, C = (y.unflatten(-1, (self.n_groups, self.ssm_state_size)).transpose(1, 2) for y in (B, C))  # [B, G, T, N]
 
         dt = F.softplus(dt.float() + self.dt_bias).clamp(*self.time_step_limit).transpose(1, 2)  # [B, H, T]
-        decay = _decay(dt * -self.A_log.float().exp()[:, None]).to(x.dtype)
-        scores = (C @ B.mT)[:, :, None] * decay.unflatten(1, (self.n_groups, -1))
-        y = scores.flatten(1, 2) @ (x * dt.to(x.dtype)[..., None]) + self.D[:, None, None] * x
+        y = self.scan(x, B, C, dt) + self.D[:, None, None] * x
         return self.out_proj(self.norm(y.transpose(1, 2).flatten(2), gate).to(hidden_states.dtype))
+
+    def scan(self, x: Tensor, B: Tensor, C: Tensor, dt: Tensor) -> Tensor:
+        """x [B, H, ..., T, P], B and C [B, G, ..., T, N], dt [B, H, ..., T] -> y as x, from an empty state."""
+        scores = (C @ B.mT)[:, :, None] * decay(self.log_rate(dt)).to(x.dtype).unflatten(1, (self.n_groups, -1))
+        return scores.flatten(1, 2) @ (x * dt.to(x.dtype)[..., None])
+
+    def log_rate(self, dt: Tensor) -> Tensor:
+        """dt [B, H, ...] -> of the share of the state that each token leaves, float32."""
+        return dt * -self.A_log.float().exp().view(-1, *[1] * (dt.ndim - 2))
 
 
 def use_matrix_form(model) -> None:
@@ -41,8 +48,8 @@ def use_matrix_form(model) -> None:
             module.__class__ = MatrixMamba2Mixer
 
 
-def _decay(log_rate: Tensor) -> Tensor:
-    """Lower triangular [B, H, T, T]: what of token s is left at token t, exp(log_rate[s + 1] + ... + log_rate[t])."""
+def decay(log_rate: Tensor) -> Tensor:
+    """Lower triangular [..., T, T]: what of token s is left at token t, exp(log_rate[s + 1] + ... + log_rate[t])."""
     total = log_rate.cumsum(-1)
     causal = torch.ones(2 * log_rate.shape[-1:], dtype=torch.bool, device=log_rate.device).tril()
     return (total[..., :, None] - total[..., None, :]).masked_fill(~causal, -torch.inf).exp()
