@@ -60,7 +60,7 @@ def _mamba2(size: Size, vocab: int) -> Mamba2Config:
         head_dim=head_dim,
         num_heads=2 * size.width // head_dim,
         n_groups=1,
-        chunk_size=64,
+        initializer_range=0.02,  # of the embedding, as in Mamba's own code
         tie_word_embeddings=True,
         **_NO_SPECIAL_TOKENS,
     )

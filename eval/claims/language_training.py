@@ -33,8 +33,8 @@ class TooSlow(Exception):
 def training_tokens(stream: np.ndarray, words: Words, settings, seed: int) -> np.ndarray:
     """All sequences of a run, int32 [steps, batch, length], the same for every model.
 
-    Blocks of the stream [N] in random order, epoch after epoch; the first `needle_rows` of each batch hide facts, a
-    random power of two up to `most_facts`.
+    Blocks of the stream [N] in random order, epoch after epoch; the first `needle_rows` of each batch hide up to
+    `most_facts` facts.
     """
     rng = np.random.default_rng(seed)
     blocks = stream[: len(stream) // settings.length * settings.length].reshape(-1, settings.length)
@@ -43,7 +43,7 @@ def training_tokens(stream: np.ndarray, words: Words, settings, seed: int) -> np
     tokens = blocks[order].astype(np.int32).reshape(settings.steps, settings.batch, settings.length)
     for step in range(settings.steps):
         for row in range(settings.needle_rows):
-            count = 2 ** rng.integers(0, settings.most_facts.bit_length())
+            count = rng.integers(1, settings.most_facts + 1)
             tokens[step, row] = hide(tokens[step, row], words, rng, count)
     return tokens
 
