@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .text_measures import last_hidden
 
 _WORD = re.compile(r"Ġ[A-Za-z]{3,}")
-WORDS = 512
-"""The last learnt, and so rarest, whole words of the vocabulary; every other one is a key."""
+WORDS = 128
+"""The last learnt, and so rarest, whole words of the vocabulary, every other one a key: few, so that a short training sees
+each of them often."""
 ASKED = 8
 """The most questions at the end of a passage."""
 
