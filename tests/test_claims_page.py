@@ -92,9 +92,11 @@ def test_what_has_not_run_is_named_with_its_command(tmp_path):
     assert language_plots.draw(tmp_path) == []
 
 
-def test_synthetic_claims_bring_their_own_text(tmp_path):
-    (tmp_path / "synthetic_recall.md").write_text("### Recall\n\na table\n")
-    assert results.synthetic("recall")(tmp_path) == "### Recall\n\na table\n\n"
+def test_synthetic_claims_bring_their_own_text_and_plot(tmp_path):
+    section = results.synthetic("state_tracking", lambda results: f"{len(results.runs)} runs\n")
+    (tmp_path / "synthetic_state_tracking.json").write_text(json.dumps({"environment": {}, "runs": [{}, {}]}))
+    (tmp_path / "synthetic_state_tracking.png").touch()
+    assert section(tmp_path).startswith("2 runs\n\n![state tracking](")
 
 
 def _benchmark(folder, name, rows):

@@ -13,28 +13,30 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import language_page, language_plots, speed_page
+from . import language_page, language_plots, recall, speed_page, state_tracking
 from .markdown import PAGE, image, not_run
+from .synthetic import Results
 
 RESULTS = PAGE.parent / "results"
 BENCHMARKS = PAGE.parents[1] / "benchmarks" / "results"
 
 
-def synthetic(claim: str) -> Callable[[Path], str]:
-    """What `deltanet.eval.claims.CLAIM` has written about its results, and its plot."""
+def synthetic(claim: str, make: Callable[[Results], str]) -> Callable[[Path], str]:
+    """`make` of the results of `deltanet.eval.claims.CLAIM`, and its plot."""
 
     def section(folder: Path) -> str:
-        path = folder / f"synthetic_{claim}.md"
-        if not path.is_file():
+        path = folder / f"synthetic_{claim}.json"
+        results = Results.read(path)
+        if not results.runs:
             return not_run(f"python -m deltanet.eval.claims.{claim}")
-        return f"{path.read_text(encoding='utf-8').strip()}\n\n{image(path.with_suffix('.png'), claim.replace('_', ' '))}"
+        return f"{make(results).strip()}\n\n{image(path.with_suffix('.png'), claim.replace('_', ' '))}"
 
     return section
 
 
 SECTIONS: dict[str, tuple[Callable[[Path], str], Path]] = {
-    "synthetic recall": (synthetic("recall"), RESULTS),
-    "state tracking": (synthetic("state_tracking"), RESULTS),
+    "synthetic recall": (synthetic("recall", recall.section), RESULTS),
+    "state tracking": (synthetic("state_tracking", state_tracking.section), RESULTS),
     "language settings": (language_page.settings, RESULTS),
     "language modelling": (language_page.modelling, RESULTS),
     "recall": (language_page.recall, RESULTS),
