@@ -6,7 +6,8 @@ setting and writes `synthetic_recall.json`, its plot and its table. Mamba2's sta
 """
 
 from ..synthetic.tasks import TASKS
-from .synthetic import Results, Unit, best_runs, command, footing, table
+from .markdown import table
+from .synthetic import Results, Unit, best_runs, command, footing
 
 WIDTHS = (64, 128, 256)
 # Two for each model. On a small MQAR (length 32, 4 pairs) DeltaNet without convolution was quickest at 5e-3; there the

@@ -7,7 +7,8 @@ of swaps, and on all permutations (S3; Siems et al., 2025), tests on sequences l
 """
 
 from ..synthetic.tasks import TASKS
-from .synthetic import Results, Unit, best_runs, command, footing, table
+from .markdown import table
+from .synthetic import Results, Unit, best_runs, command, footing
 
 MODELS = {"β ≤ 1": "deltanet", "β ≤ 2": "deltanet:allow_neg_eigval=true"}
 WIDTH, RATE = 128, 1e-3

@@ -1,4 +1,4 @@
-"""What the claims on synthetic tasks share: runs that are kept one by one, a limit of time, a table and the command."""
+"""What the claims on synthetic tasks share: runs that are kept one by one, a limit of time and the command."""
 
 import argparse
 import json
@@ -121,11 +121,6 @@ def best_runs(runs: list[dict]) -> dict[tuple, dict]:
         if key not in best or run["best"] > best[key]["best"]:
             best[key] = run
     return best
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def footing(results: Results) -> str:
