@@ -76,7 +76,7 @@ def test_other_tables_of_the_language_models(folder):
     assert transformer == [LABELS["transformer"], "9.00", "–"]
     assert _rows(language_page.generation(folder))[3] == [LABELS["deltanet"], "8", "128", "1,234", "2.0", "1,500.0"]
     settings = language_page.settings(folder)
-    assert "640 steps of 32 × 1,024 tokens, 21.0 million together" in settings and "69 s" in settings
+    assert "1,600 steps of 16 × 1,024 tokens, 26.2 million together" in settings and "69 s" in settings
 
 
 def test_plots_are_drawn_and_shown(folder):

@@ -44,8 +44,8 @@ class Settings:
     """The same for all models. Lengths are in tokens."""
 
     size: Size = Size()
-    steps: int = 640
-    batch: int = 32
+    steps: int = 1600
+    batch: int = 16
     length: int = 1024
     learning_rate: float = 2e-3
     warmup: float = 0.1  # share of the steps
@@ -53,10 +53,10 @@ class Settings:
     weight_decay: float = 0.1
     betas: tuple = (0.9, 0.95)
     clip: float = 1.0
-    needle_rows: int = 8  # of a batch
+    needle_rows: int = 4  # of a batch
     most_facts: int = 64
     evaluations: int = 8
-    validation_tokens: int = 2**18
+    validation_tokens: int = 2**17
     test_tokens: int = 2**20
     length_tokens: int = 2**18
     lengths: tuple = (512, 1024, 2048, 4096, 8192, 16384)
@@ -76,7 +76,7 @@ class Settings:
         lengths = {"lengths": (64, 128, 256), "recall_lengths": (256,), "contexts": (64, 128), "new_tokens": 6}
         amounts = {"validation_tokens": 1024, "test_tokens": 2048, "length_tokens": 512, "recall_sequences": 4}
         facts = {"recall_facts": (1, 4), "length_facts": 4, "most_facts": 4, "needle_rows": 1, "generation_batch": 2}
-        return cls(size, steps=8, batch=4, length=128, evaluations=2, tokens_at_once=512, **lengths, **amounts, **facts)
+        return cls(size, steps=12, batch=4, length=128, evaluations=2, tokens_at_once=512, **lengths, **amounts, **facts)
 
 
 class Corpus:
@@ -152,6 +152,7 @@ def run_training(model_name: str, seed: int, corpus: Corpus, settings: Settings,
     validation = corpus.streams["validation"][: settings.validation_tokens]
     evaluate = lambda model: perplexity(model, validation, settings.length, settings.tokens_at_once)  # noqa: E731
     figures = train(model, tokens, settings, evaluate, deadline)
+    model.eval()
     test = corpus.streams["test"]
     text = test[: settings.length_tokens]
     lengths, positions = context_perplexities(model, text, settings.lengths, settings.tokens_at_once)

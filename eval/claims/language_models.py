@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Mamba2Config, PreTra
 
 from deltanet import DeltaNetConfig
 
+from ..synthetic.models import CAUSAL
 from .chunked_mamba2 import use_chunked_form
 
 _NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -94,7 +95,8 @@ def build(name: str, size: Size, vocab: int, seed: int = 0) -> PreTrainedModel:
     """
     config: PreTrainedConfig = CONFIGURATIONS[name](size, vocab)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    attention = {"attn_implementation": CAUSAL} if name in ("global-attention", "transformer") else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)
     if name == "mamba2":
         use_chunked_form(model)
     return model

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,12 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...fused_deltanet import linear_cross_entropy
+from ..synthetic.recording import RecordedStep
 from ..synthetic.training import rate_factor
 from .needles import Words, hide
 from .text_measures import last_hidden
 
-PROBE = 3
-"""Steps after which, and for which, the time of a step is measured before a run goes on."""
+PROBE = 5
+"""Steps after which, and for which, the time of a step is measured before a run goes on: those before compile and record."""
 
 
 class OutOfTime(Exception):
@@ -33,8 +35,8 @@ class TooSlow(Exception):
 def training_tokens(stream: np.ndarray, words: Words, settings, seed: int) -> np.ndarray:
     """All sequences of a run, int32 [steps, batch, length], the same for every model.
 
-    Blocks of the stream [N] in random order, epoch after epoch; the first `needle_rows` of each batch hide up to
-    `most_facts` facts.
+    Blocks of the stream [N] in random order, epoch after epoch; the first `needle_rows` of each batch hide 1 to
+    `most_facts` facts, small numbers more often.
     """
     rng = np.random.default_rng(seed)
     blocks = stream[: len(stream) // settings.length * settings.length].reshape(-1, settings.length)
@@ -43,7 +45,7 @@ def training_tokens(stream: np.ndarray, words: Words, settings, seed: int) -> np
     tokens = blocks[order].astype(np.int32).reshape(settings.steps, settings.batch, settings.length)
     for step in range(settings.steps):
         for row in range(settings.needle_rows):
-            count = rng.integers(1, settings.most_facts + 1)
+            count = round(settings.most_facts ** rng.random())
             tokens[step, row] = hide(tokens[step, row], words, rng, count)
     return tokens
 
@@ -72,19 +74,17 @@ class MasterWeights:
             {"params": [master for master in self.masters if (master.ndim > 1) == decayed], "weight_decay": decay}
             for decayed, decay in ((True, weight_decay), (False, 0.0))
         ]
-        self.optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
+        device = self.masters[0].device
+        self.rate = torch.zeros((), device=device)  # where a recorded step reads it
+        self.optimizer = torch.optim.AdamW(groups, self.rate, betas, fused=True, capturable=device.type == "cuda")
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """One step by the weights' gradients, which are cleared."""
+    def step(self) -> None:
+        """One step of the learning rate `rate` by the weights' gradients."""
         torch._foreach_copy_([master.grad for master in self.masters], [weight.grad for weight in self.weights])
         nn.utils.clip_grad_norm_(self.masters, self.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         self.optimizer.step()
         torch._foreach_copy_(self.weights, self.masters)
-        for weight in self.weights:
-            weight.grad = None
 
 
 def train(model: PreTrainedModel, tokens: torch.Tensor, settings, evaluate, deadline: float) -> dict:
@@ -98,7 +98,8 @@ def train(model: PreTrainedModel, tokens: torch.Tensor, settings, evaluate, dead
         evaluate: called `settings.evaluations` times; what it returns is kept.
         deadline: on the clock of `time.monotonic`.
 
-    Returns `curve` of (tokens, evaluation), `step_ms` without evaluations and the first steps, and `train_s`.
+    Returns `curve` of (tokens, evaluation), `step_ms` and `train_s` without evaluations and the first steps, and whether the
+    steps were `recorded` as a CUDA graph.
 
     Raises:
         OutOfTime, TooSlow: nothing is to be kept of the run.
@@ -106,21 +107,31 @@ def train(model: PreTrainedModel, tokens: torch.Tensor, settings, evaluate, dead
     dtype = torch.bfloat16 if tokens.is_cuda else torch.float32
     weights = MasterWeights(model, dtype, settings.weight_decay, settings.betas, settings.clip)
     schedule = {"warmup": settings.warmup, "final_factor": settings.final_factor}
+    model.train()
     marks = {round(settings.steps * (index + 1) / settings.evaluations) for index in range(settings.evaluations)}
     curve, clock = [], _Clock(tokens.is_cuda)
+    step_on = RecordedStep(partial(_step, model, weights), str(tokens.device))
     for step, batch in enumerate(tokens):
         if time.monotonic() > deadline:
             raise OutOfTime
-        model.train()
-        next_token_loss(model, batch).backward()
-        weights.step(settings.learning_rate * rate_factor(step, settings.steps, 1, settings.learning_rate, schedule))
+        rate = settings.learning_rate
+        weights.rate.fill_(rate * rate_factor(step, settings.steps, 1, rate, schedule))
+        step_on(batch)
         clock.step()
         if step + 1 == 2 * PROBE and clock.milliseconds() * settings.steps > settings.longest_s * 1e3:
             raise TooSlow(clock.milliseconds(), settings.steps)
         if step + 1 in marks:
             with clock.paused():
                 curve.append(((step + 1) * batch.numel(), evaluate(model.eval())))
-    return {"curve": curve, "step_ms": clock.milliseconds(), "train_s": clock.seconds()}
+                model.train()
+    figures = {"curve": curve, "step_ms": clock.milliseconds(), "train_s": clock.seconds()}
+    return {**figures, "recorded": step_on.is_recorded}
+
+
+def _step(model: PreTrainedModel, weights: MasterWeights, batch: torch.Tensor) -> None:
+    model.zero_grad()
+    next_token_loss(model, batch).backward()
+    weights.step()
 
 
 class _Clock:

@@ -13,8 +13,8 @@ from .mamba2 import use_matrix_form
 
 # Causal attention for which Transformers builds no mask: in a recorded training step it would build one at full size, and
 # PyTorch's fast kernels take none.
-_CAUSAL = "deltanet_causal_sdpa"
-AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
+CAUSAL = "deltanet_causal_sdpa"
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 # Fields that follow from the width, for models whose configuration needs more than the common names.
 _SHAPES = {
@@ -68,7 +68,7 @@ def build_model(
         raise ValueError(f"model {text!r}: {kind!r} is no model type of Transformers; use deltanet, llama, mamba2, ...")
     shape = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 256 * -(-width * 8 // 3 // 256)}
     if kind == "llama":
-        shape["attn_implementation"] = _CAUSAL
+        shape["attn_implementation"] = CAUSAL
     shape = _SHAPES.get(kind, lambda width: shape)(width)
     shape |= (deltanet or {}) if kind == DeltaNetConfig.model_type else {}
     common = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": layers, "tie_word_embeddings": tied}
