@@ -31,4 +31,4 @@ def test_recorded_training_is_launched_training(name, monkeypatch):
         run = train(model, tokens, settings, evaluate, time.monotonic() + 100)
         assert run["recorded"] == is_recorded
         ends.append(run["curve"][0][1])
-    assert ends[0] < 400 and ends[0] == pytest.approx(ends[1], rel=0.02)
+    assert ends[0] < 100 and ends[0] == pytest.approx(ends[1], rel=0.1)

@@ -10,6 +10,7 @@ at once; the same command goes on behind them. `--tiny` tries every step on a CP
 import argparse
 import dataclasses
 import json
+import logging
 import sys
 import time
 import traceback
@@ -219,6 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     arguments = _parser().parse_args(argv)
     quiet()
+    logging.disable(logging.NOTSET)  # a step that cannot be recorded says why
     settings = Settings.tiny() if arguments.tiny else Settings()
     settings = dataclasses.replace(settings, steps=arguments.steps or settings.steps)
     deadline = began + arguments.seconds
