@@ -36,6 +36,7 @@ FILE = "language.json"
 SPLITS = ("train", "validation", "test")
 GENERATING = ("deltanet", "transformer")
 LAST = ("mamba2",)
+KINDS = ("train", "generation")
 MEASURES_S = 10
 """Kept free for the measurements of a run when the time for its training is counted."""
 
@@ -69,7 +70,7 @@ class Settings:
     contexts: tuple = (1024, 4096, 16384, 65536)
     generation_batch: int = 8
     new_tokens: int = 34
-    longest_s: float = 100  # training of one model
+    longest_s: float = 200  # training of one model
 
     @classmethod
     def tiny(cls) -> "Settings":
@@ -231,6 +232,8 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     for unit in units(arguments.models, arguments.seeds):
+        if unit["kind"] not in arguments.kinds:
+            continue
         name = " ".join(map(str, unit.values()))
         if results.has(unit):
             print(f"{name}: kept", flush=True)
@@ -257,6 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     names = list(CONFIGURATIONS)
     parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of units; all of them unless given")
     parser.add_argument("--steps", type=int, help="of the training of each model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="tiny models and lengths, to try the command itself")
