@@ -55,7 +55,7 @@ class Settings:
     weight_decay: float = 0.1
     betas: tuple = (0.9, 0.95)
     clip: float = 1.0
-    needle_rows: int = 4  # of a batch
+    needle_rows: int = 8  # of a batch
     most_facts: int = 64
     evaluations: int = 8
     validation_tokens: int = 2**17
