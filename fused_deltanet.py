@@ -5,6 +5,9 @@ the logits of all tokens. Both use a layer's weight outside of the layer, which 
 sharded, quantized, adapted or hooked is called as a module instead, with the same result.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,9 +22,16 @@ LOGITS_AT_ONCE = 2**26
 """Logits that `linear_cross_entropy` holds: 128 MiB in bfloat16, 2,097 tokens of 32,000 ids."""
 
 
+class LanguageModelHead(nn.Linear):
+    """A linear layer that can give a function of its input and its weight instead of their product."""
+
+    def forward(self, hidden: Tensor, function: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        return super().forward(hidden) if function is None else function(hidden, self.weight)
+
+
 def plain_weight(layer: nn.Module) -> Tensor | None:
     """The weight of a linear layer that does nothing but multiply by it, or `None` of any other module."""
-    plain = type(layer) is nn.Linear and layer.bias is None and type(layer.weight) in (Tensor, nn.Parameter)
+    plain = type(layer) in (nn.Linear, LanguageModelHead) and layer.bias is None and type(layer.weight) in (Tensor, nn.Parameter)
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer)
     return layer.weight if plain and not hooked and not hasattr(layer, "_hf_hook") else None
 
@@ -67,19 +77,38 @@ def linear_cross_entropy(
     are computed in the forward pass already, for other heads the logits are computed again in the backward pass.
     """
     hidden, labels = hidden.flatten(0, -2), shift_labels.flatten().to(hidden.device)
-    weight = plain_weight(head)
-    dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
-    # In float16 the gradient of a logit is too small to be rounded before the loss scaler's factor.
-    if weight is None or weight.device != hidden.device or dtype == torch.float16 or torch.compiler.is_compiling():
-        rows = max(1, LOGITS_AT_ONCE // head.out_features)
-        parts = zip(hidden.split(rows), labels.split(rows))
-        total = sum(checkpoint(_summed, head, x, y, ignore_index, use_reentrant=False) for x, y in parts)
+    total, weight = partial(_total, labels=labels, ignore_index=ignore_index), plain_weight(head)
+    if weight is not None and weight.device == hidden.device:
+        total = total(hidden, weight)
+    elif isinstance(head, LanguageModelHead) and _is_divided(head):
+        total = head(hidden, total)
     else:
-        if not torch.is_grad_enabled():
-            hidden, weight = hidden.detach(), weight.detach()
-        total = _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels, ignore_index)
+        total = _total_in_parts(head, hidden, labels, ignore_index, head.out_features)
     items = (labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return total / (items.to(total.device) if isinstance(items, Tensor) else items)
+
+
+def _is_divided(head: nn.Module) -> bool:
+    """Whether FSDP2 puts the weight together for the time of the head's own forward, of which there may be one only: up to
+    torch 2.11 it takes the weight away in the backward pass of the first."""
+    return torch.distributed.is_available() and isinstance(head, torch.distributed.fsdp.FSDPModule)
+
+
+def _total(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    # In float16 the gradient of a logit is too small to be rounded before the loss scaler's factor.
+    if dtype == torch.float16 or torch.compiler.is_compiling():
+        return _total_in_parts(lambda x: F.linear(x, weight), hidden, labels, ignore_index, len(weight))
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
+    return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels, ignore_index)
+
+
+def _total_in_parts(head: Callable[[Tensor], Tensor], hidden, labels, ignore_index: int, vocabulary: int) -> Tensor:
+    rows = max(1, LOGITS_AT_ONCE // vocabulary)
+    parts = zip(hidden.split(rows), labels.split(rows))
+    return sum(checkpoint(_summed, head, x, y, ignore_index, use_reentrant=False) for x, y in parts)
 
 
 def _summed(head, hidden, labels, ignore_index):
@@ -121,4 +150,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dhidden, None if dweight is None else (dweight * dtotal).to(ctx.dtype), None, None
 
 
-__all__ = ["linear_cross_entropy", "plain_weight", "swiglu_linear"]
+__all__ = ["LanguageModelHead", "linear_cross_entropy", "plain_weight", "swiglu_linear"]

@@ -38,7 +38,7 @@ from .cache_deltanet import CACHE_NAME, accept_cache_name
 from .configuration_deltanet import CONVERSION_COMMAND, DELTA_LAYER_TYPE, DeltaNetConfig
 from .context_parallel_deltanet import ContextParallelMixin, labels_a_process, segment_layout, shifted_labels
 from .decoding_deltanet import DeltaNetGenerationMixin, replays_decode_steps
-from .fused_deltanet import linear_cross_entropy, swiglu_linear
+from .fused_deltanet import LanguageModelHead, linear_cross_entropy, swiglu_linear
 from .graphs_deltanet import DecodeGraphs
 from .layout_deltanet import (
     TokenLayout,
@@ -292,7 +292,7 @@ class DeltaNetForCausalLM(ContextParallelMixin, DeltaNetPreTrainedModel, DeltaNe
         super().__init__(config)
         self.model = DeltaNetModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=False)
         self.decode_graphs = DecodeGraphs()
         self.post_init()
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from deltanet import fused_deltanet
-from deltanet.fused_deltanet import linear_cross_entropy, plain_weight, swiglu_linear
+from deltanet.fused_deltanet import LanguageModelHead, linear_cross_entropy, plain_weight, swiglu_linear
 from deltanet.kernels import swiglu as operation
 from deltanet.kernels.cross_entropy import cross_entropy_
 
@@ -72,7 +72,7 @@ class TestLoss:
     @staticmethod
     def inputs(dtype=torch.float64):
         generator = torch.Generator().manual_seed(0)
-        head = nn.Linear(16, 61, bias=False, dtype=dtype)
+        head = LanguageModelHead(16, 61, bias=False, dtype=dtype)
         with torch.no_grad():
             head.weight.copy_(torch.randn(61, 16, generator=generator))
         labels = torch.randint(0, 61, (2, 9), generator=generator)
@@ -85,18 +85,21 @@ class TestLoss:
         return ForCausalLMLoss(logits, None, logits.shape[-1], shift_labels=labels, **arguments)
 
     @pytest.mark.parametrize("items", [None, 7, torch.tensor(11)])
-    @pytest.mark.parametrize("plain", [True, False])
-    def test_is_the_loss_of_transformers(self, items, plain):
+    @pytest.mark.parametrize("kind", ["plain", "hooked", "divided"])
+    def test_is_the_loss_of_transformers(self, items, kind, monkeypatch):
         head, hidden, labels = self.inputs(torch.float32)
+        calls = []
         hidden.requires_grad_()
         expected = self.reference(hidden, head.weight, labels, num_items_in_batch=items)
         gradients = torch.autograd.grad(3 * expected, (hidden, head.weight))
-        if not plain:
-            head.register_forward_hook(lambda *_: None)
+        if kind != "plain":
+            head.register_forward_hook(lambda *_: calls.append(1))
+        monkeypatch.setattr(fused_deltanet, "_is_divided", lambda head: kind == "divided")
         actual = linear_cross_entropy(head, hidden, labels, num_items_in_batch=items)
         assert actual.item() == pytest.approx(expected.item(), rel=1e-6)
         for a, e in zip(torch.autograd.grad(3 * actual, (hidden, head.weight)), gradients):
             torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
+        assert kind != "divided" or len(calls) == 1
 
     def test_is_as_exact_as_the_logits_allow_in_bfloat16(self):
         head, hidden, labels = self.inputs(torch.bfloat16)
