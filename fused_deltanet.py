@@ -1,8 +1,9 @@
 """Linear layers together with what surrounds them, so that less has to be kept for the backward pass.
 
-`swiglu_linear` keeps the two inputs of SwiGLU's product and computes the product again. `linear_cross_entropy` never holds
-the logits of all tokens. Both use a layer's weight outside of the layer, which only a plain layer allows: one that is
-sharded, quantized, adapted or hooked is called as a module instead, with the same result.
+`project` adds up the gradients of an input that several layers share inside of their products. `swiglu_linear` keeps the two
+inputs of SwiGLU's product and computes the product again. `linear_cross_entropy` never holds the logits of all tokens. They
+use a layer's weight outside of the layer, which only a plain layer allows: one that is sharded, quantized, adapted or hooked
+is called as a module instead, with the same result.
 """
 
 from collections.abc import Callable
@@ -34,6 +35,40 @@ def plain_weight(layer: nn.Module) -> Tensor | None:
     plain = type(layer) in (nn.Linear, LanguageModelHead) and layer.bias is None and type(layer.weight) in (Tensor, nn.Parameter)
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer)
     return layer.weight if plain and not hooked and not hasattr(layer, "_hf_hook") else None
+
+
+def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """[layer(x) for layer in layers] for x [..., D]."""
+    weights = [plain_weight(layer) for layer in layers]
+    composed = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    if composed or any(weight is None or weight.device != x.device for weight in weights):
+        return [layer(x) for layer in layers]
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, *weights = (t.to(dtype) for t in (x, *weights))
+    return list(_Project.apply(x, *weights))
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *weights):
+        ctx.save_for_backward(x, *weights)
+        ctx.set_materialize_grads(False)
+        return tuple(F.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        x, *weights = ctx.saved_tensors
+        dx, dweights = None, [None] * len(weights)
+        # The last first: where it is the smallest, its product costs what it writes, and is read within larger ones.
+        for i in reversed([i for i, dy in enumerate(dys) if dy is not None]):
+            dy = dys[i].flatten(0, -2)
+            if ctx.needs_input_grad[0]:
+                dx = dy @ weights[i] if dx is None else dx.addmm_(dy, weights[i])
+            if ctx.needs_input_grad[1 + i]:
+                dweights[i] = dy.mT @ x.flatten(0, -2)
+        return None if dx is None else dx.view_as(x), *dweights
 
 
 def swiglu_linear(gate: Tensor, up: Tensor, down: nn.Module) -> Tensor:
@@ -150,4 +185,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dhidden, None if dweight is None else (dweight * dtotal).to(ctx.dtype), None, None
 
 
-__all__ = ["LanguageModelHead", "linear_cross_entropy", "plain_weight", "swiglu_linear"]
+__all__ = ["LanguageModelHead", "linear_cross_entropy", "plain_weight", "project", "swiglu_linear"]
