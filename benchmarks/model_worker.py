@@ -3,7 +3,7 @@
     python -m deltanet.benchmarks.model_worker PEER [--device cuda]
 
 Reads tasks from standard input, a JSON object a line, and prints each with its figures, or with its error, the same
-way. A task has `kind` (generate, prefill, train, decode, account), `size`, `variant`, B and T.
+way. A task has `kind` (generate, prefill, train, step, decode, account), `size`, `variant`, B and T.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from ..train.flops import peak_flops, product_parameters, training_flops
 from . import model_peers, peers
 from .generation_account import account
 from .timing import device_ms, peak_mib, synchronize, wall_ms
+from .training_account import account as training_account
 
 NEW = 128
 """Tokens that `generate` adds."""
@@ -68,8 +69,8 @@ def measure_prefill(model, device, task) -> dict:
     return {**figures, "tokens_per_s": ids.numel() / figures["wall_ms"] * 1e3, **_memory(model, work, device)}
 
 
-def measure_train(model, device, task) -> dict:
-    """Forward with loss and backward without an optimizer: tokens a second, MFU, peak memory."""
+def training_step(model, device, task):
+    """Ids, and a function that takes a step with them."""
     ids = random_ids(task["B"], task["T"], device)
     model.train()
 
@@ -79,7 +80,21 @@ def measure_train(model, device, task) -> dict:
         loss.backward()
         model.zero_grad(set_to_none=True)
 
-    figures = {"first_s": seconds(work, device), "wall_ms": wall_ms(work, device, seconds=1.0)}
+    return ids, work
+
+
+def measure_step(model, device, task) -> dict:
+    """Where the time of a training step goes, see `training_account`."""
+    return training_account(training_step(model, device, task)[1], device)
+
+
+def measure_train(model, device, task) -> dict:
+    """Forward with loss and backward without an optimizer: tokens a second, MFU, peak memory.
+
+    Three steps of a second are queued back to back, as a training loop does that looks at its loss now and then.
+    """
+    ids, work = training_step(model, device, task)
+    figures = {"first_s": seconds(work, device), "wall_ms": wall_ms(work, device, seconds=4.0)}
     busy, launches = device_ms(work, device)
     rate = ids.numel() / figures["wall_ms"] * 1e3
     figures.update(device_ms=busy, launches=launches, tokens_per_s=rate, peak_mib=peak_mib(work, device))
@@ -162,6 +177,7 @@ KINDS = {
     "generate": measure_generate,
     "prefill": measure_prefill,
     "train": measure_train,
+    "step": measure_step,
     "decode": measure_decode,
     "account": measure_account,
 }

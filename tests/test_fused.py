@@ -1,4 +1,4 @@
-"""Linear layers with their surroundings: shared inputs, SwiGLU's product, the loss without logits, which layers are plain."""
+"""Linear layers with their surroundings: shared inputs, SwiGLU's product, the loss without logits, plain layers."""
 
 import copy
 
