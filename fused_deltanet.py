@@ -19,8 +19,11 @@ from .kernels.cross_entropy import cross_entropy_
 from .kernels.reference import compute_dtype
 from .kernels.swiglu import swiglu, swiglu_backward
 
-LOGITS_AT_ONCE = 2**26
-"""Logits that `linear_cross_entropy` holds: 128 MiB in bfloat16, 2,097 tokens of 32,000 ids."""
+LOGITS_AT_ONCE = 2**27
+"""Logits that `linear_cross_entropy` holds at most: 256 MiB in bfloat16, 4,096 tokens of 32,000 ids. Each time that it holds
+others, the gradient of the head is read and written in float32."""
+ROWS = 256
+"""Tokens of a product come in multiples of so many, in which its tiles have no partly empty last row."""
 
 
 class LanguageModelHead(nn.Linear):
@@ -32,9 +35,10 @@ class LanguageModelHead(nn.Linear):
 
 def plain_weight(layer: nn.Module) -> Tensor | None:
     """The weight of a linear layer that does nothing but multiply by it, or `None` of any other module."""
-    plain = type(layer) in (nn.Linear, LanguageModelHead) and layer.bias is None and type(layer.weight) in (Tensor, nn.Parameter)
+    if type(layer) not in (nn.Linear, LanguageModelHead) or type(layer.weight) not in (Tensor, nn.Parameter):
+        return None
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer)
-    return layer.weight if plain and not hooked and not hasattr(layer, "_hf_hook") else None
+    return None if layer.bias is not None or hooked or hasattr(layer, "_hf_hook") else layer.weight
 
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
@@ -141,9 +145,15 @@ def _total(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) ->
 
 
 def _total_in_parts(head: Callable[[Tensor], Tensor], hidden, labels, ignore_index: int, vocabulary: int) -> Tensor:
-    rows = max(1, LOGITS_AT_ONCE // vocabulary)
+    rows = _rows(vocabulary)
     parts = zip(hidden.split(rows), labels.split(rows))
     return sum(checkpoint(_summed, head, x, y, ignore_index, use_reentrant=False) for x, y in parts)
+
+
+def _rows(vocabulary: int) -> int:
+    """Tokens whose logits are held at once."""
+    rows = max(1, LOGITS_AT_ONCE // vocabulary)
+    return rows - rows % ROWS if rows > ROWS else rows
 
 
 def _summed(head, hidden, labels, ignore_index):
@@ -161,7 +171,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         dhidden = torch.empty_like(hidden) if wants_hidden else None
         dweight = torch.zeros_like(weight, dtype=exact) if wants_weight else None
-        rows = max(1, LOGITS_AT_ONCE // len(weight))
+        rows = _rows(len(weight))
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
