@@ -28,7 +28,7 @@ import time
 
 from . import model_peers
 from .gpu_delta_rule import Results
-from .processes import run_worker
+from .processes import compile_together, run_worker
 from .timing import environment
 from .training_account import GROUPS
 
@@ -62,6 +62,12 @@ def plan(part: str, peer: str) -> list[dict]:
     else:
         cells = [{"size": "1.3B", "B": B, "T": PROMPT} for B in (1, 32)]
     return [{"part": part, "kind": part, "peer": peer, **cell} for cell in cells]
+
+
+def compilations(tasks: list[dict]) -> list[dict]:
+    """What compiles the variants that a peer's autotuner tries in training: one step of one layer for each size."""
+    models = sorted({(task["peer"], task["size"]) for task in tasks if task["kind"] in ("train", "step")})
+    return [{"kind": "compile", "peer": peer, "size": f"{size} thin", "B": 8, "T": 2048} for peer, size in models]
 
 
 PARTS = ("generate", "train", "step", "prefill", "decode", "account")
@@ -175,6 +181,8 @@ def main():
         if arguments.variants:
             tasks = [task for task in tasks if (task.get("variant") or "plain") in arguments.variants]
         tasks = results.missing([tiny(task) if arguments.tiny else task for task in tasks])
+        if peer == "fla" and arguments.device == "cuda":
+            compile_together(compilations(tasks), arguments.cache, deadline, worker="model_worker")
         run_worker(peer, tasks, arguments.device, arguments.cache, deadline, results.add, worker="model_worker")
     print(table(results.data["rows"]))
 

@@ -27,6 +27,7 @@ SIZES = {
     "1.3B": {"hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 16, "intermediate_size": 5632},
     "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 64},
 }
+SIZES |= {f"{name} thin": {**size, "num_hidden_layers": 1} for name, size in SIZES.items()}  # the same kernels, to compile
 VOCABULARY = 32000
 
 

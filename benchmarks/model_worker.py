@@ -1,9 +1,9 @@
 """Measures one whole model in a process of its own, see `gpu_model`.
 
-    python -m deltanet.benchmarks.model_worker PEER [--device cuda]
+    python -m deltanet.benchmarks.model_worker PEER [--device cuda] [--compile-only SEED]
 
 Reads tasks from standard input, a JSON object a line, and prints each with its figures, or with its error, the same
-way. A task has `kind` (generate, prefill, train, step, decode, account), `size`, `variant`, B and T.
+way. A task has `kind` (generate, prefill, train, step, decode, account, compile), `size`, `variant`, B and T.
 """
 
 import argparse
@@ -105,6 +105,11 @@ def measure_train(model, device, task) -> dict:
     return figures
 
 
+def measure_compile(model, device, task) -> dict:
+    """The first training step alone."""
+    return {"first_s": seconds(training_step(model, device, task)[1], device)}
+
+
 class Clock(StoppingCriteria):
     """Stops nothing and notes the time after every token; `generate` waits for the device in between."""
 
@@ -180,6 +185,7 @@ KINDS = {
     "step": measure_step,
     "decode": measure_decode,
     "account": measure_account,
+    "compile": measure_compile,
 }
 
 
@@ -193,10 +199,12 @@ def run(task, load, device) -> dict:
 
 
 @functools.lru_cache(maxsize=1)
-def load_model(peer, *what):
+def load_model(peer, *what, seed=None):
     load_model.cache_clear()  # the last model makes room for this one
     gc.collect()
-    if peer == "fla":
+    if peer == "fla" and seed is not None:
+        peers.compile_only(seed)
+    elif peer == "fla":
         peers.shorten_tuning(warmup_ms=10, repeat_ms=40)
     return model_peers.build(peer, *what)
 
@@ -205,13 +213,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("peer")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--compile-only", type=int, metavar="SEED", help="an order of a peer's variants")
     arguments = parser.parse_args()
+    load = functools.partial(load_model, seed=arguments.compile_only)
     # Results have the standard output to themselves: what a peer prints goes to standard error.
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
         task = json.loads(line)
-        row = run(task, load_model, arguments.device)
+        row = run(task, load, arguments.device)
         print(json.dumps(row), file=results, flush=True)
         if "error" in row:
             synchronize(arguments.device)  # raises after a fault of the device, which ends the process

@@ -1,5 +1,6 @@
 """The parts of the benchmark of whole models that need no GPU: cells, going on, memory, the account, the drawings."""
 
+import functools
 import itertools
 import json
 import types
@@ -65,6 +66,18 @@ def test_worker_measures_training_and_says_what_fails():
         assert "error" not in row and row["tokens_per_s"] == pytest.approx(70 / row["wall_ms"] * 1e3)
     row = model_worker.run({**task, "variant": "unknown"}, model_worker.load_model, "cpu")
     assert row["error"] == "KeyError: 'unknown'"
+
+
+def test_what_is_compiled_ahead():
+    """One step of a thin model of each size that is trained, variants in an order of its own, and no figure but the time."""
+    tasks = [task for part in ("train", "step", "prefill") for task in gpu_model.plan(part, "fla")]
+    compiled = gpu_model.compilations(tasks)
+    assert [(task["peer"], task["size"]) for task in compiled] == [("fla", "1.3B thin"), ("fla", "340M thin")]
+    assert gpu_model.compilations(gpu_model.plan("prefill", "fla")) == []
+    load = functools.partial(model_worker.load_model, seed=3)
+    row = model_worker.run({**compiled[0], "peer": "ours", "size": "tiny thin", "B": 1, "T": 70}, load, "cpu")
+    assert "error" not in row and row["first_s"] > 0
+    assert model_worker.load_model("ours", "tiny thin", "cpu", "", seed=3).config.num_hidden_layers == 1
 
 
 def test_memory_of_a_cache():
