@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compiling import PROCESSORS, compile_launch, recording, resources, specialisations
+from models import tiny_model, token_ids
 from oracle import assert_close, with_gradients
 
 from deltanet.kernels import rms_norm as operation
@@ -93,6 +94,23 @@ def test_what_is_not_wanted_is_not_computed(monkeypatch, device):
         y, total = rms_norm(x, weight, EPS)
     assert total is x and y.grad_fn is None
     torch.testing.assert_close(y, F.rms_norm(x, weight.shape, weight, EPS))
+
+
+@pytest.mark.interpreter
+def test_a_model_of_them(monkeypatch):
+    """Loss and all gradients, with the kernels and without; also when blocks are computed again in the backward pass."""
+    ids, results = token_ids(2, 9), []
+    for least, checkpointing in ((2**20, False), (0, False), (0, True)):
+        monkeypatch.setattr(operation, "LEAST", least)
+        model = tiny_model("global").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    names = ["loss", *(name for name, _ in model.named_parameters())]
+    for found in results[1:]:
+        assert_close(found, results[0], 2e-4, names)  # the norm of q and k takes away most of their gradient
 
 
 def launches(monkeypatch, rows, N, dtypes):
