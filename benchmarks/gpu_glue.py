@@ -5,7 +5,8 @@
     norm          RMSNorm of the residual stream, 16,384 tokens of width 2,048
     head norm     RMSNorm of the delta rule's result, 16,384 tokens of 16 heads of 128
     sum and norm  the residual sum before it, both results used
-    shared input  the projections to q, k, v and b, from 2,048 to 2,048 (b: to 16)
+    q, k, v, b    these projections of one input, from 2,048 to 2,048 (b: to 16)
+    gate, up      SwiGLU's, from 2,048 to 5,632
     swiglu        silu(gate) * up and the projection behind it, from 5,632 to 2,048
     loss          head and cross-entropy of 16,384 tokens over 32,000 ids
 
@@ -149,7 +150,8 @@ def works(sizes, device):
     yield "norm", norms(x := random(1, N, D)), [x]
     yield "head norm", norms(x := random(1, N, heads, D // heads)), [x]
     yield "sum and norm", sums_and_norms(x := random(1, N, D)), [x, random(1, N, D)]
-    yield "shared input", shared_inputs([linear(D, width) for width in (D, D, D, heads)]), [random(1, N, D)]
+    for name, widths in (("q, k, v, b", (D, D, D, heads)), ("gate, up", (inner, inner))):
+        yield name, shared_inputs([linear(D, width) for width in widths]), [random(1, N, D)]
     yield "swiglu", swiglus(linear(inner, D)), [random(1, N, inner), random(1, N, inner)]
     labels = torch.randint(V, (N,), device=device, generator=generator)
     yield "loss", losses(linear(D, V), labels), [random(N, D)]
@@ -188,7 +190,7 @@ def measure(make, inputs, device) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, default=RESULT)
-    parser.add_argument("--work", nargs="+", help="only these; a name of two words in quotes")
+    parser.add_argument("--work", nargs="+", help="only these; a name of several words in quotes")
     parser.add_argument("--peers", nargs="+", help="only these")
     parser.add_argument("--seconds", type=float, default=200, help="begin nothing after this time")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))

@@ -139,7 +139,7 @@ def test_glue_compares_like_with_like():
         torch.testing.assert_close([y.float() for y in ours], [y.float() for y in others], rtol=2e-2, atol=2e-2)
         figures = gpu_glue.measure(functions["ours"], inputs, "cpu")
         assert 0 < figures["forward_ms"] and 0 < figures["forward_backward_ms"]
-    assert names == ["norm", "head norm", "sum and norm", "shared input", "swiglu", "loss"]
+    assert names == ["norm", "head norm", "sum and norm", "q, k, v, b", "gate, up", "swiglu", "loss"]
 
 
 class TestOperations:
