@@ -26,6 +26,8 @@ from .training_account import account as training_account
 
 NEW = 128
 """Tokens that `generate` adds."""
+STEPS_SECONDS = 4.0
+"""Seconds of training steps in five runs."""
 SLOW_MS = 1500
 """Calls that take longer are not traced as well: the trace repeats them ten times."""
 
@@ -85,16 +87,16 @@ def training_step(model, device, task):
 
 def measure_step(model, device, task) -> dict:
     """Where the time of a training step goes, see `training_account`."""
-    return training_account(training_step(model, device, task)[1], device)
+    return training_account(training_step(model, device, task)[1], device, task.get("seconds", STEPS_SECONDS))
 
 
 def measure_train(model, device, task) -> dict:
     """Forward with loss and backward without an optimizer: tokens a second, MFU, peak memory.
 
-    Three steps of a second are queued back to back, as a training loop does that looks at its loss now and then.
+    Steps are queued back to back, three of 250 ms, as in a training loop that looks at its loss now and then.
     """
     ids, work = training_step(model, device, task)
-    figures = {"first_s": seconds(work, device), "wall_ms": wall_ms(work, device, seconds=4.0)}
+    figures = {"first_s": seconds(work, device), "wall_ms": wall_ms(work, device, task.get("seconds", STEPS_SECONDS))}
     busy, launches = device_ms(work, device)
     rate = ids.numel() / figures["wall_ms"] * 1e3
     figures.update(device_ms=busy, launches=launches, tokens_per_s=rate, peak_mib=peak_mib(work, device))

@@ -21,9 +21,9 @@ GROUPS = {
 MOST = 30
 
 
-def account(work, device, steps: int = 3) -> dict:
-    """Milliseconds of a call of `work`: on the wall, busy, by group and by kernel, the longest with their number."""
-    figures = {"wall_ms": wall_ms(work, device, seconds=4.0)}
+def account(work, device, seconds: float, steps: int = 3) -> dict:
+    """Milliseconds of a call of `work`: on the wall, for so many seconds, busy, by group and by kernel with its launches."""
+    figures = {"wall_ms": wall_ms(work, device, seconds)}
     if torch.device(device).type != "cuda":
         return figures
     for repeats in (1, steps):  # the first trace of a process loses events while it sets itself up

@@ -54,13 +54,13 @@ def test_peers_have_the_sizes_of_the_paper(peer):
     "kind, figure", [("generate", "tokens_per_s"), ("prefill", "wall_ms"), ("step", "wall_ms"), ("decode", "ms_a_step")]
 )
 def test_worker_measures(kind, figure):
-    task = {"part": kind, "kind": kind, "peer": "ours", "size": "tiny", "B": 2, "T": 5, "new": 5}
+    task = {"part": kind, "kind": kind, "peer": "ours", "size": "tiny", "B": 2, "T": 5, "new": 5, "seconds": 0.2}
     row = model_worker.run(task, model_worker.load_model, "cpu")
     assert "error" not in row and row[figure] > 0
 
 
 def test_worker_measures_training_and_says_what_fails():
-    task = {"part": "train", "kind": "train", "peer": "ours", "size": "tiny", "B": 1, "T": 70}
+    task = {"part": "train", "kind": "train", "peer": "ours", "size": "tiny", "B": 1, "T": 70, "seconds": 0.2}
     for variant in {"", *model_peers.TRAINING_VARIANTS["ours"]} - {"compiled"}:  # which takes a minute here
         row = model_worker.run({**task, "variant": variant}, model_worker.load_model, "cpu")
         assert "error" not in row and row["tokens_per_s"] == pytest.approx(70 / row["wall_ms"] * 1e3)
