@@ -85,7 +85,7 @@ class Runs:
         rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
         if process.returncode and failure is None:
             # What the launcher says about it comes last and does not help.
-            failure = f"ended with {process.returncode}: {output[max(0, output.find('Traceback')) :][:4000]}"
+            failure = f"ended with {process.returncode}: {output[max(0, output.find('Traceback')) :][:9000]}"
         return rows if failure is None else [*rows, {"failed": failure}]
 
     def together(self, units: list[str]) -> list[dict]:
@@ -122,7 +122,7 @@ class Runs:
     def resume(self, how: str) -> dict:
         """340M: a whole run of two processes, and one that ends at a checkpoint and goes on on two and on one. Runs that do
         not wait for each other share the GPUs; nothing of them is timed."""
-        flags = {"batch_tokens": 65536, "device_batch": 8, "model.vocab_size": 32000, "warmup_tokens": 0}
+        flags = {"batch_tokens": 65536, "device_batch": 4, "model.vocab_size": 32000, "warmup_tokens": 0}
         flags |= {"tokens": 2 * RESUMED * (TINY["batch_tokens"] if self.tiny else flags["batch_tokens"])}
         flags |= {"save_every": RESUMED}
         for name in ("whole", "two", "single"):
