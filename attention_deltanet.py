@@ -9,6 +9,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 
 from .cache_deltanet import CACHE_NAME
 from .configuration_deltanet import DeltaNetConfig
+from .fused_deltanet import project
 from .kernels.reference import compute_dtype
 
 
@@ -44,8 +45,8 @@ class DeltaNetAttention(nn.Module):
 
         `packed` [1, T] is False behind the last of several packed sequences, where the result and all gradients are zero.
         """
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)
+        projected = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in projected)
         if packed is not None:
             # Flash attention never writes these rows, neither of its result nor of its gradients.
             q, k, v = (x.masked_fill(~packed[:, None, :, None], 0) for x in (q, k, v))

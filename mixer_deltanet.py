@@ -13,17 +13,16 @@ from transformers.cache_utils import Cache
 
 from .cache_deltanet import delta_cache_layer, prefetch_next_layer
 from .configuration_deltanet import DeltaNetConfig
+from .fused_deltanet import project
 from .kernels.context_parallel import context_parallel_delta_rule, neighbouring_inputs
 from .kernels.decode_step import decode_step
 from .kernels.delta_rule import chunk_delta_rule, delta_rule_step, recurrent_delta_rule
 from .kernels.prologue import delta_rule_prologue
 from .kernels.prompt import delta_rule_prompt, takes_prompt
 from .kernels.reference import compute_dtype
+from .kernels.rms_norm import rms_norm
 from .kernels.short_conv import short_convolution_step
 from .layout_deltanet import TokenLayout
-
-# Since torch 2.9; before, `F.rms_norm` rounded once more.
-_NORM_IS_FUSED = hasattr(torch.ops.aten, "_fused_rms_norm")
 
 
 def local(weight: torch.Tensor) -> torch.Tensor:
@@ -42,14 +41,12 @@ class DeltaNetRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kind, weight = x.device.type, self.weight
-        result = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        # PyTorch's fused kernels do the same in one pass where all dtypes agree, and keep half as much for the backward.
-        if x.is_cuda and _NORM_IS_FUSED and weight.dtype == x.dtype == result:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
-        dtype = compute_dtype(x.dtype)
-        return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), self.eps).to(result)
+    def forward(self, x: torch.Tensor, update: torch.Tensor | None = None, with_total: bool = False):
+        """norm(x), or norm(x + update); `with_total` also what was normed, which costs no pass over memory of its own."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        y, total = rms_norm(x, self.weight, self.eps, update, dtype)
+        return (y, total) if with_total else y
 
 
 class DeltaNetShortConvolution(nn.Conv1d):
@@ -202,8 +199,9 @@ class DeltaNetMixer(nn.Module):
     def _project(self, hidden_states, conv_states, layout, output_state, is_step):
         """Queries, keys [B, T, H, K], values [B, T, H, V] and beta [B, T, H] ready for the delta rule, and the new states of
         the convolutions, none where a single token has updated them in place."""
-        streams = [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)]
-        b, beta, new_states = self.b_proj(hidden_states) if self.use_beta else None, None, [None] * 3
+        layers = [self.q_proj, self.k_proj, self.v_proj, *([self.b_proj] if self.use_beta else [])]
+        streams = project(hidden_states, *layers)
+        b, beta, new_states = streams.pop() if self.use_beta else None, None, [None] * 3
         if not self.use_short_conv:
             streams = [F.silu(x) if activation else x for x, activation in zip(streams, self.activations)]
         elif is_step:

@@ -38,7 +38,7 @@ from .cache_deltanet import CACHE_NAME, accept_cache_name
 from .configuration_deltanet import CONVERSION_COMMAND, DELTA_LAYER_TYPE, DeltaNetConfig
 from .context_parallel_deltanet import ContextParallelMixin, labels_a_process, segment_layout, shifted_labels
 from .decoding_deltanet import DeltaNetGenerationMixin, replays_decode_steps
-from .fused_deltanet import linear_cross_entropy, swiglu_linear
+from .fused_deltanet import LanguageModelHead, linear_cross_entropy, project, swiglu_linear
 from .graphs_deltanet import DecodeGraphs
 from .layout_deltanet import (
     TokenLayout,
@@ -68,7 +68,7 @@ class DeltaNetMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return swiglu_linear(self.gate_proj(x), self.up_proj(x), self.down_proj)
+        return swiglu_linear(*project(x, self.gate_proj, self.up_proj), self.down_proj)
 
 
 class DeltaNetBlock(GradientCheckpointingLayer):
@@ -84,14 +84,14 @@ class DeltaNetBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states, layout=None, attention_mask=None, position_embeddings=None, cache=None, **kwargs):
         layout = layout or TokenLayout()
-        normed = self.attn_norm(hidden_states)
+        normed, hidden_states = self.attn_norm(hidden_states, with_total=True)
         if self.is_delta:
             mixed = self.attn(normed, layout, cache)
         else:
             packed = None if layout.cu_seqlens is None else layout.real
             mixed, _ = self.attn(normed, attention_mask, position_embeddings, cache, packed, **kwargs)
-        hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        normed, hidden_states = self.mlp_norm(hidden_states, mixed, with_total=True)
+        return hidden_states + self.mlp(normed)
 
 
 class DeltaNetPreTrainedModel(WarmupMixin, PreTrainedModel):
@@ -292,7 +292,7 @@ class DeltaNetForCausalLM(ContextParallelMixin, DeltaNetPreTrainedModel, DeltaNe
         super().__init__(config)
         self.model = DeltaNetModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=False)
         self.decode_graphs = DecodeGraphs()
         self.post_init()
 

@@ -7,7 +7,9 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 # `kernels` has no __init__.py: a package of that name on the path would hide Hugging Face's own `kernels`.
-FOLDERS = ("kernels", "eval", "eval.synthetic", "train", "train.examples", "publish", "serving", "benchmarks")
+FOLDERS = (
+    "kernels", "eval", "eval.synthetic", "train", "train.corpus", "train.examples", "publish", "serving", "benchmarks",
+)  # fmt: skip
 PACKAGES = ["deltanet", *(f"deltanet.{folder}" for folder in FOLDERS)]
 
 EVAL = ["lm-eval[hf,ruler]>=0.4.13", "accelerate>=1.10", "matplotlib>=3.8", "psutil>=5.9", "tqdm>=4.66"]
@@ -27,6 +29,7 @@ setup(
     packages=PACKAGES,
     package_data={
         "deltanet.train": ["accelerate/*", "data/*", "recipes/*"],
+        "deltanet.train.corpus": ["manifest.json"],
         "deltanet.eval": ["README.md", "tasks/*"],
         "deltanet.benchmarks": ["results/*"],
         "deltanet.kernels": ["README.md"],

@@ -1,27 +1,31 @@
 """What a model does between its matrix products and the delta rule, on a GPU in bfloat16, beside what others fused.
 
-    python -m deltanet.benchmarks.gpu_glue [--output FILE]
+    python -m deltanet.benchmarks.gpu_glue [--work norm ...] [--peers ours pytorch ...] [--seconds 200] [--output FILE]
 
     norm          RMSNorm of the residual stream, 16,384 tokens of width 2,048
     head norm     RMSNorm of the delta rule's result, 16,384 tokens of 16 heads of 128
+    sum and norm  the residual sum before it, both results used
+    q, k, v, b    these projections of one input, from 2,048 to 2,048 (b: to 16)
+    gate, up      SwiGLU's, from 2,048 to 5,632
     swiglu        silu(gate) * up and the projection behind it, from 5,632 to 2,048
     loss          head and cross-entropy of 16,384 tokens over 32,000 ids
 
-`unfused` is PyTorch's composition, `fla` what flash-linear-attention's DeltaNet runs by default, `fla linear` its loss
-without all logits, `liger` the same of Liger-Kernel. Times are medians of what the device is busy, memory the peak of
-forward and backward over what was there. Bytes bound the norms: 2 passes forward and 3 backward over 64 MiB, 42 and 63 us
-at 3.2 TB/s. --device cpu --tiny tries every step without a GPU.
+`pytorch` is what PyTorch fused, `unfused` its composition, `fla` what flash-linear-attention's DeltaNet runs by default,
+`fla linear` its loss without all logits, `liger` the same of Liger-Kernel. Times are medians of what the device is busy,
+memory the peak of forward and backward over what was there. Bytes bound the norms: 2 passes forward and 3 backward over 64
+MiB, with the sum 4 and 4, at 3.0 TB/s 22 us each. --device cpu --tiny tries every step without a GPU.
 """
 
 import argparse
 import json
 import pathlib
+import time
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..fused_deltanet import linear_cross_entropy, swiglu_linear
+from ..fused_deltanet import linear_cross_entropy, project, swiglu_linear
 from ..mixer_deltanet import DeltaNetRMSNorm
 from .gpu_delta_rule import rounded
 from .timing import device_ms, environment, peak_mib
@@ -48,7 +52,42 @@ def norms(x):
     def unfused():
         return lambda x: F.rms_norm(x.float(), ours.weight.shape, ours.weight.float(), 1e-6).to(x.dtype)
 
-    return {"ours": lambda: ours, "unfused": unfused, "fla": fla, "liger": liger}
+    def pytorch():
+        return lambda x: F.rms_norm(x, ours.weight.shape, ours.weight, 1e-6)
+
+    return {"ours": lambda: ours, "pytorch": pytorch, "unfused": unfused, "fla": fla, "liger": liger}
+
+
+def sums_and_norms(x):
+    """RMSNorm of x plus an update, and the sum, both with a gradient."""
+    ours = DeltaNetRMSNorm(x.shape[-1], 1e-6).to(x.device, x.dtype)
+
+    def pytorch():
+        def run(x, update):
+            total = x + update
+            return F.rms_norm(total, ours.weight.shape, ours.weight, 1e-6), total
+
+        return run
+
+    def fla():
+        from fla.modules import RMSNorm
+
+        norm = RMSNorm(x.shape[-1], eps=1e-6, device=x.device, dtype=x.dtype)
+        return lambda x, update: norm(update, x, True)
+
+    def liger():
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+        return lambda x, update: LigerFusedAddRMSNormFunction.apply(x, update, ours.weight, 1e-6, 0.0, "gemma", False)
+
+    return {"ours": lambda: lambda x, update: ours(x, update, True), "pytorch": pytorch, "fla": fla, "liger": liger}
+
+
+def shared_inputs(layers):
+    return {
+        "ours": lambda: lambda x: project(x, *layers),
+        "pytorch": lambda: lambda x: [layer(x) for layer in layers],
+    }
 
 
 def swiglus(down):
@@ -110,19 +149,27 @@ def works(sizes, device):
     N, D, heads, inner, V = sizes.values()
     yield "norm", norms(x := random(1, N, D)), [x]
     yield "head norm", norms(x := random(1, N, heads, D // heads)), [x]
+    yield "sum and norm", sums_and_norms(x := random(1, N, D)), [x, random(1, N, D)]
+    for name, widths in (("q, k, v, b", (D, D, D, heads)), ("gate, up", (inner, inner))):
+        yield name, shared_inputs([linear(D, width) for width in widths]), [random(1, N, D)]
     yield "swiglu", swiglus(linear(inner, D)), [random(1, N, inner), random(1, N, inner)]
     labels = torch.randint(V, (N,), device=device, generator=generator)
     yield "loss", losses(linear(D, V), labels), [random(N, D)]
+
+
+def several(result):
+    """Results of a function that has one, or more."""
+    return [result] if isinstance(result, torch.Tensor) else result
 
 
 def measure(make, inputs, device) -> dict:
     """Forward without gradients, and forward with backward."""
     try:
         function = make()
-        gradient = torch.ones_like(function(*inputs))
+        gradients = [torch.ones_like(y) for y in several(function(*inputs))]
 
         def both():
-            function(*inputs).backward(gradient)
+            torch.autograd.backward(several(function(*inputs)), gradients)
             for x in inputs:
                 x.grad = None
 
@@ -143,12 +190,18 @@ def measure(make, inputs, device) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, default=RESULT)
+    parser.add_argument("--work", nargs="+", help="only these; a name of several words in quotes")
+    parser.add_argument("--peers", nargs="+", help="only these")
+    parser.add_argument("--seconds", type=float, default=200, help="begin nothing after this time")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the benchmark itself")
     arguments = parser.parse_args()
-    rows = []
+    rows, deadline = [], time.monotonic() + arguments.seconds
     for work, functions, inputs in works(TINY if arguments.tiny else SIZES, arguments.device):
         for peer, make in functions.items():
+            left_out = work not in (arguments.work or [work]) or peer not in (arguments.peers or [peer])
+            if left_out or time.monotonic() > deadline:
+                continue
             rows.append({"work": work, "peer": peer, **rounded(measure(make, inputs, arguments.device))})
             print(*rows[-1].values(), sep="  ", flush=True)
             result = {"environment": environment(arguments.device, dtype="bfloat16"), "rows": rows}

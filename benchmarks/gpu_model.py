@@ -1,12 +1,13 @@
 """Whole models on a GPU in bfloat16: ours, a Llama of the same size, flash-linear-attention's DeltaNet.
 
-    python -m deltanet.benchmarks.gpu_model [--part generate prefill train decode account host] [--peers ours llama fla]
-        [--cells 1.3B_B8 ...] [--seconds 560] [--output FILE]
+    python -m deltanet.benchmarks.gpu_model [--part generate train step prefill decode account host] [--peers ours llama fla]
+        [--cells 1.3B_B8 ...] [--variants plain ...] [--seconds 560] [--output FILE]
     python -m deltanet.benchmarks.gpu_model --plot [--output FILE]     draws FILE, on any machine
 
     generate   tokens a second of `model.generate`, prompt of 128 tokens and 128 new ones, from call to return
     prefill    reading a prompt of 2,048 to 131,072 tokens, the last logits and the cache kept
     train      forward with loss and backward: tokens a second, MFU, peak memory
+    step       where the time of such a step goes, by kind of kernel
     decode     tokens a second and memory of a generated token behind a context of up to 131,072 tokens
     account    where the time of a token in `generate` goes
     host       what a prompt costs the host: until the call returns, by class of module, and how often it waits
@@ -28,8 +29,9 @@ import time
 
 from . import model_peers
 from .gpu_delta_rule import Results
-from .processes import run_worker
+from .processes import compile_together, run_worker
 from .timing import environment
+from .training_account import GROUPS
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 PEER_PACKAGES = ("fla-core", "flash-qla", "tilelang")
@@ -54,8 +56,10 @@ def plan(part: str, peer: str) -> list[dict]:
         cells = [{"size": size, "B": 1, "T": T} for size in ("1.3B", "340M") for T in PREFILLS]
     elif part == "train":
         cells = [{"size": size, "B": B, "T": T, "variant": ""} for size, B, T in TRAINING]
-        variants = model_peers.TRAINING_VARIANTS if peer == "ours" else ()
+        variants = model_peers.TRAINING_VARIANTS.get(peer, ())
         cells += [{"size": "1.3B", "B": B, "T": 16384 // B, "variant": variant} for variant in variants for B in (8, 1)]
+    elif part == "step":
+        cells = [{"size": "1.3B", "B": B, "T": 16384 // B} for B in (8, 1)]
     elif part == "decode":
         cells = [{"size": "1.3B", "B": B, "T": T} for B, contexts in CONTEXTS.items() for T in contexts]
     elif part == "host":
@@ -65,7 +69,13 @@ def plan(part: str, peer: str) -> list[dict]:
     return [{"part": part, "kind": part, "peer": peer, **cell} for cell in cells]
 
 
-PARTS = ("generate", "train", "prefill", "decode", "account", "host")
+def compilations(tasks: list[dict]) -> list[dict]:
+    """What compiles the variants that a peer's autotuner tries in training: one step of one layer for each size."""
+    models = sorted({(task["peer"], task["size"]) for task in tasks if task["kind"] in ("train", "step")})
+    return [{"kind": "compile", "peer": peer, "size": f"{size} thin", "B": 8, "T": 2048} for peer, size in models]
+
+
+PARTS = ("generate", "train", "step", "prefill", "decode", "account", "host")
 
 
 def name(row: dict) -> str:
@@ -74,7 +84,7 @@ def name(row: dict) -> str:
 
 def tiny(task: dict) -> dict:
     """The same cell for a CPU: a small model, few tokens; the lengths of a part stay apart."""
-    return {**task, "size": "tiny", "B": 1 + task["B"] % 5, "T": 70 + task["T"] // 2000, "new": 12}
+    return {**task, "size": "tiny", "B": 1 + task["B"] % 5, "T": 70 + task["T"] // 2000, "new": 12, "seconds": 0.5}
 
 
 class ModelResults(Results):
@@ -87,6 +97,10 @@ class ModelResults(Results):
         return row["part"], row["peer"], name(row)
 
     def add(self, row: dict) -> None:
+        """What was not run for want of time leaves older figures as they are."""
+        if row.get("error", "").endswith("out of time") and self.key(row) in map(self.key, self.data["rows"]):
+            print(f"  {self.key(row)}: {row['error']}", flush=True)
+            return
         super().add({**row, "version": model_peers.version(row["peer"])})
 
     def missing(self, tasks: list[dict]) -> list[dict]:
@@ -99,6 +113,7 @@ FIGURES = {
     "generate": (("tokens_per_s", "tokens/s", "{:,.0f}"), ("ms_a_step", "ms a token", "{:.2f}")),
     "prefill": (("wall_ms", "ms", "{:.1f}"), ("device_ms", "device ms", "{:.1f}")),
     "train": (("tokens_per_s", "tokens/s", "{:,.0f}"), ("mfu", "MFU", "{:.1%}"), ("peak_mib", "peak MiB", "{:,.0f}")),
+    "step": tuple((f"{key}_ms", f"{key.replace('_', ' ')} ms", "{:.1f}") for key in ("wall", "busy", *GROUPS, "other")),
     "decode": (("tokens_per_s", "tokens/s", "{:,.1f}"), ("cache_mib", "cache MiB", "{:,.0f}")),
     "host": (
         ("wall_ms", "ms", "{:.2f}"), ("device_ms", "device ms", "{:.2f}"), ("host_ms", "ms until return", "{:.2f}"),
@@ -156,6 +171,7 @@ def main():
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--peers", nargs="+", choices=model_peers.NAMES, default=model_peers.NAMES)
     parser.add_argument("--cells", nargs="+", metavar="SIZE_B_T", help="only cells whose name contains one of these")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these ways to train; `plain` is the usual one")
     parser.add_argument("--output", type=pathlib.Path, help="by default results/gpu_model_DEVICE.json")
     parser.add_argument("--seconds", type=float, default=560, help="stop measuring after this time")
     parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir(), "deltanet-benchmarks"))
@@ -181,7 +197,11 @@ def main():
         tasks = [task for part in arguments.part for task in plan(part, peer)]
         if arguments.cells:
             tasks = [task for task in tasks if any(cell in name(task) for cell in arguments.cells)]
+        if arguments.variants:
+            tasks = [task for task in tasks if (task.get("variant") or "plain") in arguments.variants]
         tasks = results.missing([tiny(task) if arguments.tiny else task for task in tasks])
+        if peer == "fla" and arguments.device == "cuda":
+            compile_together(compilations(tasks), arguments.cache, deadline, worker="model_worker")
         run_worker(peer, tasks, arguments.device, arguments.cache, deadline, results.add, worker="model_worker")
     print(table(results.data["rows"]), host_table(results.data["rows"]), sep="\n")
 

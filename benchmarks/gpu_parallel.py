@@ -16,6 +16,7 @@ of some 2 s: 1.95. FSDP2 gathers 2.7 GB of weights twice a forward and backward,
 """
 
 import argparse
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -63,47 +64,54 @@ class Runs:
     def __init__(self, device: str, tiny: bool, scratch: pathlib.Path, deadline: float):
         self.device, self.tiny, self.scratch, self.deadline = device, tiny, scratch, deadline
         scratch.mkdir(parents=True, exist_ok=True)
+        self.data = scratch / "shards"
+        prepare_shipped(self.data, 300 if tiny else 4096)
 
-    def row(self, command: list[str], processes: int) -> dict:
-        """The last line of JSON that `command` prints.
-
-        Raises:
-            RuntimeError: it failed, or the time was up."""
+    def rows(self, command: list[str], processes: int) -> list[dict]:
+        """The lines of JSON that `command` prints; where it fails or its time is up, a last one says so."""
         visible = {} if self.device == "cpu" or processes > 1 else {"CUDA_VISIBLE_DEVICES": "0"}
         settings = {"NCCL_NVLS_ENABLE": "0", "TOKENIZERS_PARALLELISM": "false", **visible}
         process = subprocess.Popen(
             [sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, **settings}, cwd=self.scratch, start_new_session=True,
         )  # fmt: skip
+        failure = None
         try:
             output, _ = process.communicate(timeout=max(1.0, self.deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             # Launchers leave their children alone when they are killed.
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise RuntimeError("out of time") from None
-        rows = [line for line in output.splitlines() if line.startswith("{")]
-        if process.returncode or not rows:
-            raise RuntimeError(f"ended with {process.returncode}: {output[-1500:]}")
-        return json.loads(rows[-1])
+            output, failure = process.communicate()[0], "out of time"
+        rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        if process.returncode and failure is None:
+            # What the launcher says about it comes last and does not help.
+            failure = f"ended with {process.returncode}: {output[max(0, output.find('Traceback')) :][:9000]}"
+        return rows if failure is None else [*rows, {"failed": failure}]
 
-    def together(self, unit: str) -> dict:
+    def together(self, units: list[str]) -> list[dict]:
         options = ["--device", self.device, "--scratch", str(self.scratch), *(["--tiny"] if self.tiny else [])]
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        return self.row([*launcher, "-m", f"{PACKAGE}.benchmarks.parallel_worker", unit, *options], 2)
+        return self.rows([*launcher, "-m", f"{PACKAGE}.benchmarks.parallel_worker", *units, *options], 2)
 
     def training(self, recipe: str, how: str, stop: int, output: str, **flags) -> dict:
-        data = self.scratch / "shards"
-        prepare_shipped(data, 300 if self.tiny else 4096)
-        flags = {"data": data, "output": self.scratch / output, "verify_data": "false", "log_every": 1, **flags}
+        """A run of `parallel_training`.
+
+        Raises:
+            RuntimeError: it failed, or the time was up.
+        """
+        flags = {"data": self.data, "output": self.scratch / output, "verify_data": "false", "log_every": 1, **flags}
         flags |= {"keep_checkpoints": 1}
         flags |= TINY if self.tiny else {}
         module = [f"{PACKAGE}.benchmarks.parallel_training", recipe, "--stop", str(stop)]
         command = [*module, *(f"--{name}={value}" for name, value in flags.items())]
         if how == "one":
-            return self.row(command, 1)
-        launcher = ["accelerate.commands.launch", "--config_file", str(CONFIGURATIONS / f"{how}.yaml")]
-        return self.row([*launcher, "--num_processes", "2", "--main_process_port", "0", "-m", *command], 2)
+            row = self.rows(command, 1)[-1]
+        else:
+            launcher = ["accelerate.commands.launch", "--config_file", str(CONFIGURATIONS / f"{how}.yaml")]
+            row = self.rows([*launcher, "--num_processes", "2", "--main_process_port", "0", "-m", *command], 2)[-1]
+        if "failed" in row:
+            raise RuntimeError(row["failed"])
+        return row
 
     def train(self, how: str) -> dict:
         """1.3B at 8 x 2048 a forward, eight forwards a step, shared among the processes."""
@@ -112,29 +120,33 @@ class Runs:
         return self.training("1.3b-100b", how, STEPS, "train", **flags)
 
     def resume(self, how: str) -> dict:
-        """340M: a whole run of two processes, and one that ends at a checkpoint and goes on on two and on one."""
-        flags = {"batch_tokens": 65536, "device_batch": 8, "model.vocab_size": 32000, "warmup_tokens": 0}
+        """340M: a whole run of two processes, and one that ends at a checkpoint and goes on on two and on one. Runs that do
+        not wait for each other share the GPUs; nothing of them is timed."""
+        flags = {"batch_tokens": 65536, "device_batch": 4, "model.vocab_size": 32000, "warmup_tokens": 0}
         flags |= {"tokens": 2 * RESUMED * (TINY["batch_tokens"] if self.tiny else flags["batch_tokens"])}
         flags |= {"save_every": RESUMED}
         for name in ("whole", "two", "single"):
             shutil.rmtree(self.scratch / name, ignore_errors=True)
-        whole = self.training("340m-15b", how, 2 * RESUMED, "whole", **flags)
-        begun = self.training("340m-15b", how, RESUMED, "two", **flags)
-        shutil.copytree(self.scratch / "two", self.scratch / "single")
-        continued = {
-            "two": self.training("340m-15b", how, 2 * RESUMED, "two", **flags),
-            "one": self.training("340m-15b", "one", 2 * RESUMED, "single", **flags),
-        }
-        row = {"whole": whole["losses"], "begun": begun["losses"]}
-        for name, run in continued.items():
-            row[name] = run["losses"]
-            worst = max(abs(loss / whole["losses"][step] - 1) for step, loss in run["losses"].items())
-            row[f"{name}_difference"] = worst
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            run = lambda *arguments: pool.submit(self.training, "340m-15b", *arguments, **flags)  # noqa: E731
+            whole, begun = run(how, 2 * RESUMED, "whole"), run(how, RESUMED, "two")
+            row = {"begun": begun.result()["losses"]}
+            shutil.copytree(self.scratch / "two", self.scratch / "single")
+            continued = {"two": run(how, 2 * RESUMED, "two"), "one": run("one", 2 * RESUMED, "single")}
+            row["whole"] = whole.result()["losses"]
+            for name, one in continued.items():
+                row[name] = one.result()["losses"]
+                worst = max(abs(loss / row["whole"][step] - 1) for step, loss in row[name].items())
+                row[f"{name}_difference"] = worst
         return row
 
     def unit(self, name: str) -> dict:
+        """`train-HOW` or `resume-HOW`."""
         kind, _, how = name.partition("-")
-        return getattr(self, kind)(how) if kind in ("train", "resume") else self.together(name)
+        try:
+            return getattr(self, kind)(how)
+        except RuntimeError as error:
+            return {"failed": str(error)}
 
 
 def load(path: pathlib.Path, settings: dict) -> dict:
@@ -184,18 +196,19 @@ def main():
     settings = environment(arguments.device, backend=os.environ.get("DELTANET_BACKEND", ""), tiny=arguments.tiny)
     rows = load(arguments.output, settings)
     runs = Runs(arguments.device, arguments.tiny, arguments.scratch, deadline)
-    for name in arguments.units:
-        if name in rows and "failed" not in rows[name]:
-            continue
+    pending = [name for name in arguments.units if name not in rows or "failed" in rows[name]]
+    while pending:
         if time.monotonic() > deadline - LEAST_SECONDS:
-            print(f"{name}: no time left; the same command goes on", flush=True)
+            print(f"{' '.join(pending)}: no time left; the same command goes on", flush=True)
             break
+        # Starting the processes takes longer than most of what they do together.
+        names = [name for name in pending if name.startswith("context")] if pending[0].startswith("context") else pending[:1]
+        pending = [name for name in pending if name not in names]
         start = time.monotonic()
-        try:
-            rows[name] = rounded({**runs.unit(name), "seconds": time.monotonic() - start})
-        except RuntimeError as error:
-            rows[name] = {"failed": str(error)}
-        print(name, json.dumps(rows[name]), flush=True)
+        found = [runs.unit(names[0])] if names[0].startswith(("train", "resume")) else runs.together(names)
+        for name, row in zip(names, found + found[-1:] * (len(names) - len(found))):
+            rows[name] = rounded({**row, "seconds": time.monotonic() - start})
+            print(name, json.dumps(rows[name]), flush=True)
         write(arguments.output, settings, rows)
     print(table(rows))
 

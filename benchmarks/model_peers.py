@@ -27,6 +27,7 @@ SIZES = {
     "1.3B": {"hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 16, "intermediate_size": 5632},
     "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 64},
 }
+SIZES |= {f"{name} thin": {**size, "num_hidden_layers": 1} for name, size in SIZES.items()}  # the same kernels, to compile
 VOCABULARY = 32000
 
 
@@ -89,6 +90,11 @@ def _with_logits(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _without_logits(model: PreTrainedModel) -> PreTrainedModel:
+    model.config.fuse_cross_entropy, model.config.fuse_linear_cross_entropy = False, True
+    return model
+
+
 def _compiled(model: PreTrainedModel) -> PreTrainedModel:
     model.compile()
     return model
@@ -107,10 +113,16 @@ VARIANTS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
     "checkpointed": lambda model: _checkpointed(model, **KEEP_MIXING),
     "checkpointed-whole": _checkpointed,
     "logits": _with_logits,
+    "no-logits": _without_logits,
     "compiled": _compiled,
     "int8": _int8,
 }
-TRAINING_VARIANTS = ("autocast", "checkpointed", "checkpointed-whole", "logits", "compiled")
-"""Ways to train ours: as the recipes do but with weights in bfloat16 (the empty name); with weights in float32 under
-autocast, as the recipes do; with gradient checkpointing that keeps the delta rule's result, and that keeps nothing; with all
-logits at once; compiled by `torch.compile`. `int8` has weights of eight bits by torchao, to generate."""
+TRAINING_VARIANTS = {
+    "ours": ("autocast", "checkpointed", "checkpointed-whole", "logits", "compiled"),
+    "llama": ("compiled",),
+    "fla": ("no-logits",),
+}
+"""Ways to train besides the usual one (the empty name), which has weights in bfloat16 and what a peer fuses by default: with
+weights in float32 under autocast, as the recipes do; with gradient checkpointing that keeps the delta rule's result, and
+that keeps nothing; with all logits at once; with fla's loss that holds none, which takes the least memory; compiled by
+`torch.compile`. `int8` has weights of eight bits by torchao, to generate."""

@@ -1,9 +1,9 @@
 """Measures one whole model in a process of its own, see `gpu_model`.
 
-    python -m deltanet.benchmarks.model_worker PEER [--device cuda]
+    python -m deltanet.benchmarks.model_worker PEER [--device cuda] [--compile-only SEED]
 
 Reads tasks from standard input, a JSON object a line, and prints each with its figures, or with its error, the same
-way. A task has `kind` (generate, prefill, train, decode, account, host), `size`, `variant`, B and T.
+way. A task has `kind` (generate, prefill, train, step, decode, account, host, compile), `size`, `variant`, B and T.
 """
 
 import argparse
@@ -23,16 +23,19 @@ from . import model_peers, peers
 from .generation_account import account
 from .host_account import host_account
 from .timing import device_ms, peak_mib, synchronize, wall_ms
+from .training_account import account as training_account
 
 NEW = 128
 """Tokens that `generate` adds."""
+STEPS_SECONDS = 4.0
+"""Seconds of training steps in five runs."""
 SLOW_MS = 1500
 """Calls that take longer are not traced as well: the trace repeats them ten times."""
 
 
-def random_ids(B: int, T: int, device) -> torch.Tensor:
+def random_ids(B: int, T: int, device, vocabulary: int = model_peers.VOCABULARY) -> torch.Tensor:
     generator = torch.Generator(device).manual_seed(0)
-    return torch.randint(model_peers.VOCABULARY, (B, T), device=device, generator=generator)
+    return torch.randint(vocabulary, (B, T), device=device, generator=generator)
 
 
 def seconds(work, device) -> float:
@@ -69,8 +72,8 @@ def measure_prefill(model, device, task) -> dict:
     return {**figures, "tokens_per_s": ids.numel() / figures["wall_ms"] * 1e3, **_memory(model, work, device)}
 
 
-def measure_train(model, device, task) -> dict:
-    """Forward with loss and backward without an optimizer: tokens a second, MFU, peak memory."""
+def training_step(model, device, task):
+    """Ids, and a function that takes a step with them."""
     ids = random_ids(task["B"], task["T"], device)
     model.train()
 
@@ -80,7 +83,21 @@ def measure_train(model, device, task) -> dict:
         loss.backward()
         model.zero_grad(set_to_none=True)
 
-    figures = {"first_s": seconds(work, device), "wall_ms": wall_ms(work, device, seconds=1.0)}
+    return ids, work
+
+
+def measure_step(model, device, task) -> dict:
+    """Where the time of a training step goes, see `training_account`."""
+    return training_account(training_step(model, device, task)[1], device, task.get("seconds", STEPS_SECONDS))
+
+
+def measure_train(model, device, task) -> dict:
+    """Forward with loss and backward without an optimizer: tokens a second, MFU, peak memory.
+
+    Steps are queued back to back, three of 250 ms, as in a training loop that looks at its loss now and then.
+    """
+    ids, work = training_step(model, device, task)
+    figures = {"first_s": seconds(work, device), "wall_ms": wall_ms(work, device, task.get("seconds", STEPS_SECONDS))}
     busy, launches = device_ms(work, device)
     rate = ids.numel() / figures["wall_ms"] * 1e3
     figures.update(device_ms=busy, launches=launches, tokens_per_s=rate, peak_mib=peak_mib(work, device))
@@ -89,6 +106,11 @@ def measure_train(model, device, task) -> dict:
         flops = training_flops(config, product_parameters(model), task["T"])
         figures.update({"mfu": rate * flops / peak} if peak else {})
     return figures
+
+
+def measure_compile(model, device, task) -> dict:
+    """The first training step alone."""
+    return {"first_s": seconds(training_step(model, device, task)[1], device)}
 
 
 class Clock(StoppingCriteria):
@@ -104,7 +126,8 @@ class Clock(StoppingCriteria):
 
 def measure_decode(model, device, task) -> dict:
     """Tokens a second of `generate` behind a context of T tokens, the reading of which is left out, and the memory."""
-    ids, new, clock = random_ids(task["B"], task["T"], device), task.get("new", 66), Clock()
+    ids = random_ids(task["B"], task["T"], device, model.config.vocab_size)
+    new, clock = task.get("new", 66), Clock()
     generate(model, ids[:, :64], 4)
     before = _allocated(device, reset=True)
     output = generate(model, ids, new, stopping_criteria=[clock], return_dict_in_generate=True)
@@ -172,9 +195,11 @@ KINDS = {
     "generate": measure_generate,
     "prefill": measure_prefill,
     "train": measure_train,
+    "step": measure_step,
     "decode": measure_decode,
     "account": measure_account,
     "host": measure_host,
+    "compile": measure_compile,
 }
 
 
@@ -188,10 +213,12 @@ def run(task, load, device) -> dict:
 
 
 @functools.lru_cache(maxsize=1)
-def load_model(peer, *what):
+def load_model(peer, *what, seed=None):
     load_model.cache_clear()  # the last model makes room for this one
     gc.collect()
-    if peer == "fla":
+    if peer == "fla" and seed is not None:
+        peers.compile_only(seed)
+    elif peer == "fla":
         peers.shorten_tuning(warmup_ms=10, repeat_ms=40)
     return model_peers.build(peer, *what)
 
@@ -200,13 +227,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("peer")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--compile-only", type=int, metavar="SEED", help="an order of a peer's variants")
     arguments = parser.parse_args()
+    load = functools.partial(load_model, seed=arguments.compile_only)
     # Results have the standard output to themselves: what a peer prints goes to standard error.
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
         task = json.loads(line)
-        row = run(task, load_model, arguments.device)
+        row = run(task, load, arguments.device)
         print(json.dumps(row), file=results, flush=True)
         if "error" in row:
             synchronize(arguments.device)  # raises after a fault of the device, which ends the process

@@ -1,8 +1,8 @@
-"""One unit of `gpu_parallel` that runs under torchrun: context and tensor parallelism against one device.
+"""Units of `gpu_parallel` that run under torchrun: context and tensor parallelism against one device.
 
-    torchrun --nproc-per-node 2 -m deltanet.benchmarks.parallel_worker UNIT [--device cuda] [--tiny] --scratch FOLDER
+    torchrun --nproc-per-node 2 -m deltanet.benchmarks.parallel_worker UNIT ... [--device cuda] [--tiny] --scratch FOLDER
 
-Every process computes the one-device figures too, each on its own device. The first prints a row as JSON.
+Every process computes the one-device figures too, each on its own device. The first prints a row a unit as JSON.
 """
 
 import argparse
@@ -112,7 +112,8 @@ def context(T: int, device, tiny: bool, **_) -> dict:
         exact = [segment_of(x, None) for x in (o.detach(), *torch.autograd.grad(o, exact, do.double()))]
         row["error"] = dict(zip(names, map(relative_error, actual, exact)))
         row["error_one"] = dict(zip(names, map(relative_error, expected, exact)))
-    del exact, actual, expected
+        del exact, o
+    del actual, expected
 
     def forward(rule):
         with torch.no_grad():
@@ -211,7 +212,7 @@ UNITS = {"context": context, "model": model, "tensor": tensor}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("unit", help="context-T, model-T or tensor")
+    parser.add_argument("units", nargs="+", help="context-T, model-T or tensor")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--scratch", type=pathlib.Path, required=True)
@@ -221,11 +222,12 @@ def main():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    kind, _, length = arguments.unit.partition("-")
-    T = int(length or 0) // (256 if arguments.tiny else 1)
-    row = UNITS[kind](T=T, device=device, tiny=arguments.tiny, scratch=arguments.scratch)
-    if dist.get_rank() == 0:
-        print(json.dumps(row), flush=True)
+    for unit in arguments.units:
+        kind, _, length = unit.partition("-")
+        T = int(length or 0) // (256 if arguments.tiny else 1)
+        row = UNITS[kind](T=T, device=device, tiny=arguments.tiny, scratch=arguments.scratch)
+        if dist.get_rank() == 0:
+            print(json.dumps({"unit": unit, **row}), flush=True)
     dist.destroy_process_group()
 
 

@@ -21,7 +21,8 @@ def start(peer: str, tasks: list[dict], device: str, cache: pathlib.Path, *optio
     home.mkdir(parents=True, exist_ok=True)
     folders = {f"{name}_CACHE_DIR": str(home / name.lower()) for name in ("TRITON", "TILELANG", "TORCHINDUCTOR")}
     # A choice among variants made while the device is shared must not outlive the process that made it.
-    environment = {**os.environ, **folders, "FLA_CACHE_RESULTS": "0"}
+    kept = {"TRITON_CACHE_AUTOTUNING": "0"} if "--compile-only" in options else {}
+    environment = {**os.environ, **folders, **kept, "FLA_CACHE_RESULTS": "0"}
     module = f"{__package__}.{worker}"
     with open(home / "log", "a") as log:
         process = subprocess.Popen(
@@ -74,15 +75,16 @@ def _collect(process, lines, waiting, deadline, report) -> tuple[list[dict], str
         waiting.pop(0)
 
 
-def compile_together(tasks: list[dict], cache: pathlib.Path, deadline: float) -> None:
+def compile_together(tasks: list[dict], cache: pathlib.Path, deadline: float, worker: str = WORKER) -> None:
     """Fill the peers' caches of compiled kernels: many processes take the tasks in different orders until one is done."""
     small = [task for task in tasks if task["B"] * task["T"] <= 40_000]  # many processes share the device's memory
     cores, workers = os.cpu_count() or 1, []
     for peer, share in (("fla", 0.7), ("flashqla", 0.2)):
         mine = [task for task in small if task["peer"] == peer]
-        unique = {(task["H"], task["D"], task.get("sequences"), task["B"] * task["T"]): task for task in mine}
+        what = lambda task: [task.get(key) for key in ("H", "D", "sequences", "size")]  # noqa: E731
+        unique = {(*what(task), task["B"] * task["T"]): task for task in mine}
         for seed in range(max(1, int(share * cores)) if unique else 0):
-            process = start(peer, list(unique.values()), "cuda", cache, "--compile-only", str(seed))
+            process = start(peer, list(unique.values()), "cuda", cache, "--compile-only", str(seed), worker=worker)
             workers.append((peer, process))
             threading.Thread(target=process.stdout.read, daemon=True).start()
     done = set()

@@ -11,9 +11,11 @@ failed or gave a number that is not finite.
 import argparse
 import itertools
 import sys
+from unittest import mock
 
 import torch
 
+from ..kernels import rms_norm
 from ..kernels.decode_step import decode_step
 from ..kernels.delta_rule import chunk_delta_rule, delta_rule_step, recurrent_delta_rule
 from ..kernels.prologue import WIDTHS, delta_rule_prologue
@@ -91,6 +93,15 @@ def before(x, cu_seqlens, width, padded):
     return [*results, *torch.autograd.grad(results, tensors, [torch.randn_like(result) for result in results])]
 
 
+def normed(x, cu_seqlens):
+    """A sum and its norm, forward and backward, by the kernels however few numbers there are."""
+    q, k = (z.requires_grad_() for z in x[:2])
+    weight = torch.ones(q.shape[-1], device=q.device, dtype=q.dtype, requires_grad=True)
+    with mock.patch.object(rms_norm, "LEAST", 0):
+        results = rms_norm.rms_norm(q, weight, 1e-6, k)
+    return [*results, *torch.autograd.grad(results, (q, k, weight), [torch.randn_like(result) for result in results])]
+
+
 def cases(names):
     """(description, what to call, its arguments without the device)."""
     for dtype, (K, V), shape in itertools.product(names, SIZES, SHAPES):
@@ -101,6 +112,8 @@ def cases(names):
             for state_dtype, width in itertools.product((torch.float32, torch.bfloat16), (2, 4)):
                 name = f"decoding {dtype} {K}x{V} {shape} {state_dtype} {width}"
                 yield name, decoding, (dtype, K, V, shape), (state_dtype, width)
+        if shape in ("short", "many"):
+            yield f"norm {dtype} {K}x{V} {shape}", normed, (dtype, K, V, shape), ()
         if "long" not in shape:
             yield f"stepwise {dtype} {K}x{V} {shape}", stepwise, (dtype, K, V, shape), ()
         for width, padded in itertools.product(WIDTHS, (False, True)) if (K, V) in ((24, 100), (128, 128)) else ():

@@ -91,8 +91,12 @@ def _trace(work, device, repeats: int) -> list[tuple[float, float]]:
         for _ in range(repeats):
             work()
         synchronize(device)
-    work_done = [e for e in trace.events() if e.device_type == DeviceType.CUDA and not e.name.endswith(NOT_WORK)]
-    return sorted((e.time_range.start, e.time_range.end) for e in work_done)
+    return sorted((e.time_range.start, e.time_range.end) for e in device_events(trace))
+
+
+def device_events(trace: profile) -> list:
+    """The kernels, copies and fills of a trace."""
+    return [e for e in trace.events() if e.device_type == DeviceType.CUDA and not e.name.endswith(NOT_WORK)]
 
 
 def busy_us(spans: list[tuple[float, float]]) -> float:

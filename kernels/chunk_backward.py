@@ -116,6 +116,10 @@ def gradient_kernel(
         y -= x * (tl.sum(x * y, 1) / (tl.sum(x * x, 1) + L2_EPS))[:, None]
     store_rows(dq + token * K, y, i, length, H * K, ik, K, KP != K)
 
+    # Before the loop below, which then needs no tile beside its own: at K = 256 two programs fit a multiprocessor.
+    z = tl.dot(tl.trans(b_dP), b_q, z, input_precision=PRECISION)
+    z = tl.dot(b_dL, b_k, z * shrink, input_precision=PRECISION)
+    z = tl.dot(tl.trans(b_dL), b_k, z, input_precision=PRECISION) / shrink
     if not ONE_PASS:
         for tile in range(tiles):
             iv = tile * BV + tl.arange(0, BV)
@@ -125,9 +129,6 @@ def gradient_kernel(
             dS = load_rows(state_gradients, sk, V, iv, V, V % BV != 0)
             z = tl.dot(((r * beta)[:, None] * E).to(dtype), tl.trans(dS), z, input_precision=PRECISION)
             z = tl.dot((-factor[:, None] * slot).to(dtype), tl.trans(S), z, input_precision=PRECISION)
-    z = tl.dot(tl.trans(b_dP), b_q, z, input_precision=PRECISION)
-    z = tl.dot(b_dL, b_k, z * shrink, input_precision=PRECISION)
-    z = tl.dot(tl.trans(b_dL), b_k, z, input_precision=PRECISION) / shrink
     if L2:
         x = b_k.to(tl.float32)
         z -= x * (tl.sum(x * z, 1) * r * r)[:, None]

@@ -96,8 +96,9 @@ def recording(module, **device):
     with contextlib.ExitStack() as stack:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             stack.enter_context(mock.patch.object(module, name, _Recorder(getattr(module, name), found)))
-        if hasattr(module, "keep_plan"):
-            stack.enter_context(mock.patch.object(module, "keep_plan", module._Plan))
+        # What is kept from call to call holds kernels.
+        for name in [name for name in ("keep_plan", "launch") if hasattr(getattr(module, name, None), "cache_clear")]:
+            stack.enter_context(mock.patch.object(module, name, getattr(module, name).__wrapped__))
         for name, value in device.items():
             stack.enter_context(mock.patch.object(module, name, lambda _, value=value: value))
         stack.enter_context(torch.device("meta"))

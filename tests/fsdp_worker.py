@@ -14,6 +14,7 @@ from launching import join, report
 from torch.distributed.tensor import DTensor
 from train_worker import interrupted_at
 
+from deltanet.fused_deltanet import _is_divided
 from deltanet.train import portable, run
 from deltanet.train.__main__ import CONFIGURATIONS
 from deltanet.train.recipe import load_recipe
@@ -45,7 +46,8 @@ def main():
 
     def watched(self, *arguments):
         result = loaded(self, *arguments)
-        divided.append(all(isinstance(parameter, DTensor) for parameter in self.model.parameters()))
+        whole = not all(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+        divided.append(not whole and _is_divided(self.model.lm_head))
         return result
 
     portable.PortableTrainer._prepare_for_training = watched

@@ -73,6 +73,8 @@ def divided(kind):
     model = AutoModelForCausalLM.from_pretrained(f"./{kind}")
     for block in model.model.layers:
         fully_shard(block)
+    # As accelerate does.
+    fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False)
     fully_shard(model)
     return model
 

@@ -90,9 +90,7 @@ for line in sys.stdin:
 @pytest.fixture
 def workers(monkeypatch):
     def start(peer, tasks, device, cache, *options, worker):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen([sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         with process.stdin as pipe:
             pipe.writelines(json.dumps(task) + "\n" for task in tasks)
         return process
@@ -117,7 +115,7 @@ def test_no_time_left(workers, tmp_path):
 def test_compiling_together_ends_with_the_first_to_finish(monkeypatch, tmp_path):
     processes_started = []
 
-    def start(peer, tasks, device, cache, *options):
+    def start(peer, tasks, device, cache, *options, worker):
         work = "pass" if options[-1] == "1" else "import time; time.sleep(60)"
         process = subprocess.Popen([sys.executable, "-c", work], stdout=subprocess.PIPE)
         processes_started.append((peer, tasks, process))

@@ -146,8 +146,8 @@ class TestFinished:
 
 
 class TestBitsPerByte:
-    @pytest.mark.parametrize("window", [7, 16, 1000])
-    def test_against_one_forward_per_token(self, tokenizer, window):
+    @pytest.mark.parametrize(("window", "batch"), [(7, 1), (7, 5), (16, 3), (1000, 2)])
+    def test_against_one_forward_per_token(self, tokenizer, window, batch):
         model = tiny_model(vocab_size=300)
         nats = 0.0
         for ids in (document_ids(text, tokenizer) for text in DOCUMENTS):
@@ -157,7 +157,7 @@ class TestBitsPerByte:
                 context = torch.tensor([ids[max(0, end - window - 1) : i]])
                 nats -= model(context).logits[0, -1].double().log_softmax(-1)[ids[i]].item()
         expected = nats / math.log(2) / sum(len(text.encode()) for text in DOCUMENTS)
-        assert bits_per_byte(model, tokenizer, DOCUMENTS, window) == pytest.approx(expected, rel=1e-5)
+        assert bits_per_byte(model, tokenizer, DOCUMENTS, window, batch) == pytest.approx(expected, rel=1e-5)
 
     def test_is_the_number_of_lm_eval(self, tokenizer):
         huggingface = pytest.importorskip("lm_eval.models.huggingface")

@@ -1,4 +1,4 @@
-"""Linear layers with their surroundings: SwiGLU's product, the loss without logits, which layers are plain, memory."""
+"""Linear layers with their surroundings: shared inputs, SwiGLU's product, the loss without logits, plain layers."""
 
 import copy
 
@@ -10,7 +10,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from deltanet import fused_deltanet
-from deltanet.fused_deltanet import linear_cross_entropy, plain_weight, swiglu_linear
+from deltanet.fused_deltanet import LanguageModelHead, linear_cross_entropy, plain_weight, project, swiglu_linear
 from deltanet.kernels import swiglu as operation
 from deltanet.kernels.cross_entropy import cross_entropy_
 
@@ -23,6 +23,59 @@ def with_gradients(function, tensors, gradient):
     tensors = [x.detach().clone().requires_grad_() for x in tensors]
     result = function(*tensors)
     return [result.detach(), *torch.autograd.grad(result, tensors, gradient.to(result.dtype))]
+
+
+class TestSharedInput:
+    @staticmethod
+    def layers(dtype=torch.float32):
+        torch.manual_seed(0)
+        return [nn.Linear(48, width, bias=False, dtype=dtype) for width in (9, 48, 2)]
+
+    @staticmethod
+    def results(function, x, layers, used=(0, 1, 2)):
+        x = x.detach().clone().requires_grad_()
+        ys = function(x, *layers)
+        loss = sum((ys[i].double() ** 2).sum() for i in used)
+        return [*ys, *torch.autograd.grad(loss, [x, *(layers[i].weight for i in used)])]
+
+    @staticmethod
+    def composed(x, *layers):
+        return [layer(x) for layer in layers]
+
+    @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+    @pytest.mark.parametrize("used", [(0, 1, 2), (1,), (0, 2)])
+    def test_results_and_gradients(self, dtype, bound, used):
+        x, layers = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0)).to(dtype), self.layers(dtype)
+        exact = [copy.deepcopy(layer).double() for layer in layers]
+        expected = self.results(self.composed, x.double(), exact, used)
+        for actual, e in zip(self.results(project, x, layers, used), expected, strict=True):
+            assert actual.dtype == dtype and actual.shape == e.shape and relative(actual, e) < bound
+
+    def test_one_sum_in_the_place_of_many(self):
+        x, layers = torch.randn(5, 48, requires_grad=True), self.layers()
+        ys = project(x, *layers)
+        assert len({y.grad_fn for y in ys}) == 1 and type(ys[0].grad_fn).__name__ == "_ProjectBackward"
+        layers[1].register_forward_hook(lambda *_: None)
+        assert len({y.grad_fn for y in project(x, *layers)}) == 3
+
+    def test_frozen_weights_and_inputs(self):
+        layers = self.layers()
+        layers[0].requires_grad_(False)
+        x = torch.randn(5, 48)
+        sum(y.sum() for y in project(x, *layers)).backward()
+        assert layers[0].weight.grad is None and all(layer.weight.grad is not None for layer in layers[1:])
+        with torch.no_grad():
+            assert all(y.grad_fn is None for y in project(x.requires_grad_(), *layers))
+
+    def test_autocast(self):
+        x, layers = torch.randn(5, 48), self.layers()
+        with torch.autocast("cpu", torch.bfloat16):
+            pairs = zip(*(self.results(function, x, layers) for function in (project, self.composed)))
+            assert all(a.dtype == e.dtype and relative(a, e.double()) < 1e-2 for a, e in pairs)
+
+    def test_dtypes_that_do_not_fit_are_refused_as_ever(self):
+        with pytest.raises(RuntimeError, match="dtype"):
+            project(torch.randn(5, 48, dtype=torch.float64), *self.layers())
 
 
 class TestSwiGLU:
@@ -72,7 +125,7 @@ class TestLoss:
     @staticmethod
     def inputs(dtype=torch.float64):
         generator = torch.Generator().manual_seed(0)
-        head = nn.Linear(16, 61, bias=False, dtype=dtype)
+        head = LanguageModelHead(16, 61, bias=False, dtype=dtype)
         with torch.no_grad():
             head.weight.copy_(torch.randn(61, 16, generator=generator))
         labels = torch.randint(0, 61, (2, 9), generator=generator)
@@ -85,18 +138,21 @@ class TestLoss:
         return ForCausalLMLoss(logits, None, logits.shape[-1], shift_labels=labels, **arguments)
 
     @pytest.mark.parametrize("items", [None, 7, torch.tensor(11)])
-    @pytest.mark.parametrize("plain", [True, False])
-    def test_is_the_loss_of_transformers(self, items, plain):
+    @pytest.mark.parametrize("kind", ["plain", "hooked", "divided"])
+    def test_is_the_loss_of_transformers(self, items, kind, monkeypatch):
         head, hidden, labels = self.inputs(torch.float32)
+        calls = []
         hidden.requires_grad_()
         expected = self.reference(hidden, head.weight, labels, num_items_in_batch=items)
         gradients = torch.autograd.grad(3 * expected, (hidden, head.weight))
-        if not plain:
-            head.register_forward_hook(lambda *_: None)
+        if kind != "plain":
+            head.register_forward_hook(lambda *_: calls.append(1))
+        monkeypatch.setattr(fused_deltanet, "_is_divided", lambda head: kind == "divided")
         actual = linear_cross_entropy(head, hidden, labels, num_items_in_batch=items)
         assert actual.item() == pytest.approx(expected.item(), rel=1e-6)
         for a, e in zip(torch.autograd.grad(3 * actual, (hidden, head.weight)), gradients):
             torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
+        assert kind != "divided" or len(calls) == 1
 
     def test_is_as_exact_as_the_logits_allow_in_bfloat16(self):
         head, hidden, labels = self.inputs(torch.bfloat16)

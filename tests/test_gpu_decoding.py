@@ -264,7 +264,7 @@ def test_a_recording_that_fails_leaves_everything_working(cuda, graphs, monkeypa
     """Last in this file: a step that waits for the device cannot be recorded."""
     model, ids, stream, norm = small(cuda), ids_on(cuda, 2), torch.cuda.current_stream(), DeltaNetRMSNorm.forward
     expected = eagerly(model, ids)
-    monkeypatch.setattr(DeltaNetRMSNorm, "forward", lambda self, x: torch.cuda.synchronize() or norm(self, x))
+    monkeypatch.setattr(DeltaNetRMSNorm, "forward", lambda *x, **how: torch.cuda.synchronize() or norm(*x, **how))
     assert torch.equal(generate(model, ids, do_sample=True, top_k=1), expected)
     assert torch.cuda.current_stream() == stream and len(model.decode_graphs.failures) == 1
     monkeypatch.setattr(DeltaNetRMSNorm, "forward", norm)

@@ -58,6 +58,12 @@ def test_sizes(dtype, K, V):
 
 @DTYPE
 @pytest.mark.parametrize("l2", [True, False])
+def test_keys_that_leave_no_room_for_one_pass(dtype, l2):
+    run(case(dtype, 67, 144, 40, H=1, l2=l2))
+
+
+@DTYPE
+@pytest.mark.parametrize("l2", [True, False])
 @pytest.mark.parametrize("bounds, T", PACKS)
 def test_packs(dtype, l2, bounds, T):
     actual = run(case(dtype, T, 24, 32, H=1, bounds=bounds, l2=l2))

@@ -37,13 +37,15 @@ PLANS = {
 STACK = {
     (HALF, 64): {"inverse": 128, "output": 64, "scan": 64, "gradient": 64},
     (HALF, 128): {"inverse": 128, "output": 128, "scan": 128, "gradient": 128},
-    (HALF, 256): {"inverse": 128, "output": 576, "scan": 384, "gradient": 1472},
+    (HALF, 256): {"inverse": 128, "output": 576, "scan": 384, "gradient": 1344},
     (HALF, 96): {"inverse": 128, "output": 128, "scan": 128, "gradient": 128},
     (torch.float16, 128): {"inverse": 128, "output": 128, "scan": 128, "gradient": 128},
     (FULL, 64): {"inverse": 192, "output": 960, "scan": 1024, "gradient": 384},
     (FULL, 128): {"inverse": 256, "output": 3008, "scan": 3072, "gradient": 576},
 }
 OF_ANY_SIZE = {"join": 64, "span": 192}
+# Of these kernels two programs run side by side, which takes half of the memory, less the 1 KiB that each costs besides.
+SHARED = {(HALF, 256, "gradient"): SHARED_MEMORY // 2 - 1024}
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +63,9 @@ def test_resources(compiled_plans, name):
     bounds = STACK[of_plan.dtype, of_plan.K] | OF_ANY_SIZE
     for kernel, used in compiled_plans[of_plan].items():
         assert used.registers <= 255, f"{kernel}: {used}"
-        assert used.shared <= SHARED_MEMORY, f"{kernel}: {used}"
-        assert used.stack <= bounds[kernel.removeprefix("hopper_").split("_")[0]], f"{kernel}: {used}"
+        kind = kernel.removeprefix("hopper_").split("_")[0]
+        assert used.shared <= SHARED.get((of_plan.dtype, of_plan.K, kind), SHARED_MEMORY), f"{kernel}: {used}"
+        assert used.stack <= bounds[kind], f"{kernel}: {used}"
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -3,12 +3,13 @@
 import copy
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from training import DOCUMENTS, continue_and_compare, history, make_recipe, prepared
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from deltanet.train import run
 from deltanet.train.bits_per_byte import bits_per_byte
@@ -117,9 +118,47 @@ def test_bits_per_byte_of_a_text(recipe, whole, tmp_path, capsys):
         assert a.get("loss") == b.get("loss")
 
 
+@pytest.fixture
+def overtrained(recipe, tmp_path):
+    """A recipe that learns for six steps, and is then thrown off course by a high learning rate that comes late."""
+    (tmp_path / "text.txt").write_text(DOCUMENTS[7])
+    changes = {"heldout": str(tmp_path / "text.txt"), "evaluate_every": 2, "keep_best": True}
+    rates = {"learning_rate": 1.0, "initial_learning_rate": 1e-3, "warmup_tokens": 9 * 64}
+    return dataclasses.replace(recipe, **changes, **rates)
+
+
+def test_the_best_model_is_kept(overtrained):
+    output = run.train(overtrained)
+    bits = {entry["step"]: entry["bits_per_byte"] for entry in history(output.parent) if "bits_per_byte" in entry}
+    best = min(bits, key=bits.get)
+    assert best < 10
+    assert json.loads((output / "heldout.json").read_text()) == {"step": best, "bits_per_byte": bits[best]}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    assert bits_per_byte(model, tokenizer, [DOCUMENTS[7]], 16) == pytest.approx(bits[best])
+    log = json.loads((output / "training.json").read_text())
+    assert [entry["bits_per_byte"] for entry in log if "bits_per_byte" in entry] == list(bits.values())
+
+
+def test_an_error_at_the_end_loses_nothing(overtrained, tmp_path, monkeypatch):
+    whole = run.train(dataclasses.replace(overtrained, output=str(tmp_path / "whole")))
+
+    def save_pretrained(*arguments, **keywords):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", save_pretrained)
+        with pytest.raises(OSError, match="disk full"):
+            run.train(overtrained)
+    assert not (Path(overtrained.output) / "model").exists()
+    monkeypatch.setattr(run.PortableTrainer, "training_step", lambda *a: pytest.fail("trained again"))
+    model = run.train(overtrained)
+    assert (model / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ({"keep_best": "true"}, "`keep_best` is True; allowed: false without `heldout`"),
         ({"optimizer": "sgd"}, "`optimizer` is sgd; allowed: adamw, muon"),
         ({"schedule": "linear"}, "`schedule` is linear; allowed: cosine, warmup_stable_decay"),
         ({"decay_tokens": "1e9"}, "`decay_tokens` is 1000000000; allowed: 0, save with warmup_stable_decay"),

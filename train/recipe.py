@@ -72,6 +72,7 @@ class Recipe:
     report_to: str = "none"  # tensorboard, wandb, ...
     heldout: str | None = None  # text whose bits per byte are logged: "shipped", or a file or directory as for `prepare`
     evaluate_every: int = 1000  # steps
+    keep_best: bool = False  # finish with the weights of the fewest such bits, not with the last ones
     data_checksum: str | None = None  # of the data's index; filled in by a run, refused when it differs
 
     def __post_init__(self):
@@ -84,6 +85,7 @@ class Recipe:
             _require(valid, name, getattr(self, name), f"0 to `learning_rate` = {self.learning_rate}")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a number above 0")
         _require(0 <= self.warmup_tokens < self.tokens, "warmup_tokens", self.warmup_tokens, f"0 to below {self.tokens}")
+        _require(not self.keep_best or self.heldout, "keep_best", self.keep_best, "false without `heldout`")
         self._check_schedule()
         valid = len(self.betas) == 2 and all(isinstance(beta, float) and 0 <= beta < 1 for beta in self.betas)
         _require(valid, "betas", self.betas, "two numbers like 0.9")

@@ -10,7 +10,14 @@ import sys
 import textwrap
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+    set_seed,
+)
 
 from .bits_per_byte import bits_per_byte, compressed_bits_per_byte
 from .quiet import quiet
@@ -44,11 +51,19 @@ def main() -> None:
     print(f"    continuations     {_continuations(model, tokenizer)}")
 
 
-def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = 100) -> str:
-    """The prompt and a sampled continuation of it, the same at every call."""
-    set_seed(0)
+def continuation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    tokens: int = 100,
+    seed: int = 0,
+    streamer: TextStreamer | None = None,
+) -> str:
+    """The prompt and a sampled continuation of it, the same at every call; a `streamer` gets it while it grows."""
+    set_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt")
-    ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=True, temperature=0.7, top_p=0.9)[0]
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    ids = model.generate(**inputs, max_new_tokens=tokens, streamer=streamer, **sampling)[0]
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 

@@ -1,6 +1,8 @@
 """A training run: data, model and Transformers' Trainer out of a recipe, from its beginning or from its last checkpoint."""
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +29,9 @@ from .recipe import FREE_TO_CHANGE, SHIPPED, Recipe, load_recipe
 from .shards import PackedDocuments, ShardBlocks, TokenShards, collate_packs, tokenizer_checksum
 
 RECIPE_FILE = "recipe.yaml"
+LOG_FILE = "training.json"
 MODEL = "model"
+BEST = "best"
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: the weight and the two moments of AdamW, in float32."""
 
@@ -83,9 +87,13 @@ def train(recipe: Recipe) -> Path:
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if processes.is_main_process:
         with finished_directory(output / MODEL) as folder:
-            model.save_pretrained(folder, state_dict=weights)
+            if recipe.keep_best:
+                shutil.copytree(output / BEST, folder, dirs_exist_ok=True)
+            else:
+                model.save_pretrained(folder, state_dict=weights)
             shards.tokenizer.save_pretrained(folder)
             recipe.write(folder / RECIPE_FILE)
+            (folder / LOG_FILE).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
     processes.wait_for_everyone()
     return output / MODEL
 
@@ -202,7 +210,8 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)
     if recipe.heldout:
         documents = heldout_documents(recipe.heldout)
-        trainer.add_callback(HeldOut(trainer, tokenizer, documents, recipe.evaluate_every, recipe.block_length))
+        best = Path(recipe.output) / BEST if recipe.keep_best else None
+        trainer.add_callback(HeldOut(trainer, tokenizer, documents, recipe, best))
     return trainer
 
 

@@ -4,9 +4,17 @@ import json
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from deltanet import DeltaNetConfig
+
+from .mamba2 import use_matrix_form
+
+# Causal attention for which Transformers builds no mask: in a recorded training step it would build one at full size, and
+# PyTorch's fast kernels take none.
+CAUSAL = "deltanet_causal_sdpa"
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 # Fields that follow from the width, for models whose configuration needs more than the common names.
 _SHAPES = {
@@ -16,7 +24,7 @@ _SHAPES = {
         "head_dim": min(64, width),
         "num_heads": max(2, width // 32),
         "n_groups": 1,
-        "chunk_size": 64,
+        "use_cache": False,
     },
 }
 # Importing the configuration registers it with the Auto classes.
@@ -59,6 +67,8 @@ def build_model(
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"model {text!r}: {kind!r} is no model type of Transformers; use deltanet, llama, mamba2, ...")
     shape = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 256 * -(-width * 8 // 3 // 256)}
+    if kind == "llama":
+        shape["attn_implementation"] = CAUSAL
     shape = _SHAPES.get(kind, lambda width: shape)(width)
     shape |= (deltanet or {}) if kind == DeltaNetConfig.model_type else {}
     common = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": layers, "tie_word_embeddings": tied}
@@ -66,6 +76,8 @@ def build_model(
     config = AutoConfig.for_model(kind, **{**common, "max_position_embeddings": length, **special, **shape, **fields})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if kind == "mamba2":
+        use_matrix_form(model)
     if not mlp:
         _remove_mlps(model)
     if dropout:

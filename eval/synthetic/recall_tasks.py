@@ -140,15 +140,29 @@ def selective_copying(rng, examples, train, vocab=16, length=256, tokens=16):
 
 
 def _distinct(rng, examples, choices, count, log_weight=None):
-    """`count` different numbers below `choices` a row, in the order of drawing without replacement (Gumbel's trick)."""
+    """`count` different numbers below `choices` a row, in the order of drawing without replacement."""
+    if log_weight is None and count**2 <= 2 * choices:
+        return _without_repeats(rng, examples, choices, count)
     chosen = np.empty((examples, count), np.int64)
     for start in range(0, examples, 2048):
         part = chosen[start : start + 2048]
         shape = (len(part), choices)
+        # Gumbel's trick.
         scores = rng.random(shape, np.float32) if log_weight is None else -rng.gumbel(size=shape) - log_weight
         top = np.argpartition(scores, count - 1, 1)[:, :count]
         order = np.argsort(np.take_along_axis(scores, top, 1), 1)
         part[:] = np.take_along_axis(top, order, 1)
+    return chosen
+
+
+def _without_repeats(rng, examples, choices, count):
+    """Rows are drawn again until they have no repeat; with count**2 <= 2 * choices a third of them succeeds each time."""
+    chosen = rng.integers(0, choices, (examples, count))
+    open_rows = np.arange(examples)
+    while open_rows.size:
+        ordered = np.sort(chosen[open_rows], 1)
+        open_rows = open_rows[(ordered[:, 1:] == ordered[:, :-1]).any(1)]
+        chosen[open_rows] = rng.integers(0, choices, (open_rows.size, count))
     return chosen
 
 

@@ -1,0 +1,1 @@
+"""The paper's claims on real runs: `python -m deltanet.eval.claims.NAME`; the findings are in `eval/RESULTS.md`."""

@@ -1,0 +1,163 @@
+"""Trains one language model, as all others that it is compared with, and keeps its curve."""
+
+import time
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...fused_deltanet import linear_cross_entropy
+from ..synthetic.recording import RecordedStep
+from ..synthetic.training import rate_factor
+from .needles import Words, hide
+from .text_measures import last_hidden
+
+PROBE = 5
+"""Steps after which, and for which, the time of a step is measured before a run goes on: those before compile and record."""
+
+
+class OutOfTime(Exception):
+    """The time of the whole command is up."""
+
+
+class TooSlow(Exception):
+    """A run would take longer than it may."""
+
+    def __init__(self, step_ms: float, steps: int):
+        seconds = step_ms * steps / 1e3
+        super().__init__(f"a step takes {step_ms:.0f} ms, the {steps} steps of a run would take {seconds:.0f} s")
+        self.step_ms = step_ms
+
+
+def training_tokens(stream: np.ndarray, words: Words, settings, seed: int) -> np.ndarray:
+    """All sequences of a run, int32 [steps, batch, length], the same for every model.
+
+    Blocks of the stream [N] in random order, epoch after epoch; the first `needle_rows` of each batch hide 1 to
+    `most_facts` facts, small numbers more often.
+    """
+    rng = np.random.default_rng(seed)
+    blocks = stream[: len(stream) // settings.length * settings.length].reshape(-1, settings.length)
+    needed = settings.steps * settings.batch
+    order = np.concatenate([rng.permutation(len(blocks)) for _ in range(-(-needed // len(blocks)))])[:needed]
+    tokens = blocks[order].astype(np.int32).reshape(settings.steps, settings.batch, settings.length)
+    for step in range(settings.steps):
+        for row in range(settings.needle_rows):
+            count = round(settings.most_facts ** rng.random())
+            tokens[step, row] = hide(tokens[step, row], words, rng, count)
+    return tokens
+
+
+def next_token_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The mean loss of ids [B, T], computed alike for every model, without holding all logits."""
+    return linear_cross_entropy(model.lm_head, last_hidden(model, ids)[:, :-1], ids[:, 1:].long())
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Weights to `dtype`. Buffers stay: rotary frequencies in bfloat16 would be wrong from a few hundred tokens on."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+
+
+class MasterWeights:
+    """AdamW over float32 copies of a model's weights, which themselves become `dtype`."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, weight_decay: float, betas: tuple, clip: float):
+        self.weights, self.clip = list(model.parameters()), clip
+        self.masters = [weight.detach().clone() for weight in self.weights]
+        cast(model, dtype)
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+        groups = [
+            {"params": [master for master in self.masters if (master.ndim > 1) == decayed], "weight_decay": decay}
+            for decayed, decay in ((True, weight_decay), (False, 0.0))
+        ]
+        device = self.masters[0].device
+        self.rate = torch.zeros((), device=device)  # where a recorded step reads it
+        self.optimizer = torch.optim.AdamW(groups, self.rate, betas, fused=True, capturable=device.type == "cuda")
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of the learning rate `rate` by the weights' gradients."""
+        torch._foreach_copy_([master.grad for master in self.masters], [weight.grad for weight in self.weights])
+        nn.utils.clip_grad_norm_(self.masters, self.clip)
+        self.optimizer.step()
+        torch._foreach_copy_(self.weights, self.masters)
+
+
+def train(model: PreTrainedModel, tokens: torch.Tensor, settings, evaluate, deadline: float) -> dict:
+    """
+    Train in bfloat16 with float32 master weights (in float32 on a CPU).
+
+    Args:
+        model: in float32, on its device.
+        tokens: [steps, batch, length] on the same device.
+        settings: see `language.Settings`.
+        evaluate: called `settings.evaluations` times; what it returns is kept.
+        deadline: on the clock of `time.monotonic`.
+
+    Returns `curve` of (tokens, evaluation), `step_ms` and `train_s` without evaluations and the first steps, and whether the
+    steps were `recorded` as a CUDA graph.
+
+    Raises:
+        OutOfTime, TooSlow: nothing is to be kept of the run.
+    """
+    dtype = torch.bfloat16 if tokens.is_cuda else torch.float32
+    weights = MasterWeights(model, dtype, settings.weight_decay, settings.betas, settings.clip)
+    schedule = {"warmup": settings.warmup, "final_factor": settings.final_factor}
+    model.train()
+    marks = {round(settings.steps * (index + 1) / settings.evaluations) for index in range(settings.evaluations)}
+    curve, clock = [], _Clock(tokens.is_cuda)
+    step_on = RecordedStep(partial(_step, model, weights), str(tokens.device))
+    for step, batch in enumerate(tokens):
+        if time.monotonic() > deadline:
+            raise OutOfTime
+        rate = settings.learning_rate
+        weights.rate.fill_(rate * rate_factor(step, settings.steps, 1, rate, schedule))
+        step_on(batch)
+        clock.step()
+        if step + 1 == 2 * PROBE and clock.milliseconds() * settings.steps > settings.longest_s * 1e3:
+            raise TooSlow(clock.milliseconds(), settings.steps)
+        if step + 1 in marks:
+            with clock.paused():
+                curve.append(((step + 1) * batch.numel(), evaluate(model.eval())))
+                model.train()
+    figures = {"curve": curve, "step_ms": clock.milliseconds(), "train_s": clock.seconds()}
+    return {**figures, "recorded": step_on.is_recorded}
+
+
+def _step(model: PreTrainedModel, weights: MasterWeights, batch: torch.Tensor) -> None:
+    model.zero_grad()
+    next_token_loss(model, batch).backward()
+    weights.step()
+
+
+class _Clock:
+    """Times steps without the pauses, and leaves out the first `PROBE`, which compile."""
+
+    def __init__(self, is_cuda: bool):
+        self.wait = torch.cuda.synchronize if is_cuda else lambda: None
+        self.steps, self.taken, self.began = 0, 0.0, None
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps == PROBE:
+            self.wait()
+            self.began = time.monotonic()
+
+    def seconds(self) -> float:
+        self.wait()
+        return self.taken + (time.monotonic() - self.began if self.began else 0.0)
+
+    def milliseconds(self) -> float:
+        return self.seconds() * 1e3 / max(1, self.steps - PROBE)
+
+    @contextmanager
+    def paused(self):
+        taken = self.seconds()
+        yield
+        self.wait()
+        if self.began:
+            self.taken, self.began = taken, time.monotonic()

@@ -1,0 +1,1 @@
+"""A corpus of English prose and documentation, rebuilt from the packages of two public registries."""
