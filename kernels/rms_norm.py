@@ -9,6 +9,7 @@ PyTorch's operations, one by one, 5 and 8 times, and its kernels of the norm giv
 rows of 128. Arithmetic is float32 (float64 for float64), rounded once; sums over rows have a fixed order.
 """
 
+import functools
 from typing import NamedTuple, Optional
 
 import torch
@@ -52,8 +53,12 @@ def _composed(x: Tensor, weight: Tensor, eps: float, result: torch.dtype) -> Ten
 
 
 def _runs_fused(x: Tensor, weight: Tensor) -> bool:
-    is_plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, weight)) and weight.device == x.device
-    return is_plain and x.numel() >= LEAST and x.shape[-1] <= WIDEST and runs_fused(x)
+    if type(x) not in _PLAIN or type(weight) not in _PLAIN or weight.device != x.device:
+        return False
+    return x.numel() >= LEAST and x.shape[-1] <= WIDEST and runs_fused(x)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -79,8 +84,8 @@ def _forward(x, update, weight, eps, total_dtype, dtype, keep):
     from .rms_norm_kernels import launch
 
     source, rows, N = x.contiguous(), x.numel() // x.shape[-1], x.shape[-1]
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    total = None if update is None else torch.empty(x.shape, dtype=total_dtype, device=x.device)
+    y = torch.empty_like(source, dtype=dtype)
+    total = None if update is None else torch.empty_like(source, dtype=total_dtype)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device) if keep else None
     update = None if update is None else update.contiguous()
     tile, warps = _tile(N)
@@ -117,6 +122,7 @@ class Tile(NamedTuple):
     BR: int
 
 
+@functools.cache
 def _tile(N: int) -> tuple[Tile, int]:
     """Rows of 16 numbers a thread, whole, and the warps of a program."""
     BN = 1 << (N - 1).bit_length()
