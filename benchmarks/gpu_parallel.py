@@ -206,6 +206,7 @@ def main():
         pending = [name for name in pending if name not in names]
         start = time.monotonic()
         found = [runs.unit(names[0])] if names[0].startswith(("train", "resume")) else runs.together(names)
+        # A failure is that of all units behind it.
         for name, row in zip(names, found + found[-1:] * (len(names) - len(found))):
             rows[name] = rounded({**row, "seconds": time.monotonic() - start})
             print(name, json.dumps(rows[name]), flush=True)

@@ -12,7 +12,6 @@ import json
 import statistics
 import time
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
@@ -33,7 +32,7 @@ class Stopped(Exception):
 
 class Clock(TrainerCallback):
     def __init__(self, stop: int):
-        self.stop, self.ends, self.losses = stop, [], {}
+        self.stop, self.ends, self.losses, self.peak_gib = stop, [], {}, 0.0
 
     def on_step_end(self, args, state, control, **kwargs):
         synchronize(args.device)
@@ -42,6 +41,8 @@ class Clock(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in (logs or {}):
             self.losses[state.global_step] = float(logs["loss"])
+        # `Throughput` begins a new peak with each log.
+        self.peak_gib = max(self.peak_gib, (logs or {}).get("memory_gib", 0.0))
 
     def on_save(self, args, state, control, **kwargs):
         self._stop_at(state.global_step)
@@ -77,8 +78,7 @@ def main():
 
 def print_row(recipe, clock):
     state = PartialState()
-    peak = torch.cuda.max_memory_allocated() / 2**30 if state.device.type == "cuda" else 0.0
-    peaks = gather_object([peak])
+    peaks = gather_object([clock.peak_gib])
     times = [end - begin for begin, end in zip(clock.ends, clock.ends[1:])][WARM_UP - 1 :]
     seconds = statistics.median(times) if times else None
     if state.is_main_process:

@@ -227,7 +227,7 @@ def main():
         T = int(length or 0) // (256 if arguments.tiny else 1)
         row = UNITS[kind](T=T, device=device, tiny=arguments.tiny, scratch=arguments.scratch)
         if dist.get_rank() == 0:
-            print(json.dumps({"unit": unit, **row}), flush=True)
+            print(json.dumps(row), flush=True)
     dist.destroy_process_group()
 
 
