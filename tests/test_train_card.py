@@ -41,6 +41,7 @@ def checkpoint(tmp_path_factory):
 def completed(checkpoint):
     folder = checkpoint.parent
     command = ["card", str(checkpoint), "--corpus", str(folder / "corpus.json"), "--scores", str(folder / "scores.json")]
+    command += ["--remark", "It rained."]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command)
         assert card.main() == 0
@@ -51,7 +52,9 @@ def test_numbers(completed):
     text, results = (completed / "README.md").read_text(), json.loads((completed / "results.json").read_text())
     assert f"**{results['test']['float32']:.4f}**" in text
     assert f"| stories | {results['test']['bytes']} | {results['test']['float32']:.4f} |" in text
-    assert f"best validation, {results['validation']['bits_per_byte']:.4f} bits" in text
+    flowing = " ".join(text.split())
+    assert "It rained. Kept: step" in flowing
+    assert f"best validation, {results['validation']['bits_per_byte']:.4f} bits per byte." in flowing
     assert "| stories | short stories | MIT | 2.00 |" in text and "| validation | 9 | 2,000,000 | 1,234 |" in text
     assert re.findall(r"^\| smoke.*", text, re.MULTILINE) == [
         "| smoke_perplexity | bits_per_byte | 1.5000 |  |",

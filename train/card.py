@@ -1,15 +1,16 @@
 """
 Writes the model card of a released checkpoint, and all that it states into results.json.
 
-    python -m deltanet.train.card CHECKPOINT --corpus corpus.json --scores results.json
+    python -m deltanet.train.card CHECKPOINT --corpus corpus.json --scores results.json [--remark TEXT]
 
 CHECKPOINT is what `deltanet.train.release` made, corpus.json the report of `deltanet.train.corpus`, and --scores what
-`deltanet.eval CHECKPOINT --suite smoke` wrote. The samples are the first seeds; nobody chooses among them.
+`deltanet.eval CHECKPOINT --suite smoke --dtype float32` wrote. The samples are the first seeds; nobody chooses among them.
 """
 
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -19,16 +20,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from .finished import write_whole
 from .quiet import quiet
 from .recipe import load_recipe
-from .release import RESULTS
-from .report import continuation
+from .report import RESULTS, continuation
 from .run import RECIPE_FILE
 
 CARD = "README.md"
 PLOT = "curve.png"
+WIDTH = 120
 PROMPTS = ("She had not expected to see him there, and", "The people of the United States", "A transaction is")
 SEEDS = (0, 1)
 SAMPLE_TOKENS = 100
 METRICS = ("bits_per_byte", "acc", "contains")
+LIMITS = """## Limits
+
+It is small and has read little: what it writes is fluent and means nothing, names and facts are made up, and it loses the
+thread after a sentence or two. It knows three kinds of English: the prose and speeches of past centuries, political essays,
+and the documentation of programs; it has seen no other language, hardly any code, and no dialogue with a user. It is for
+trying the package, testing and teaching, not for use on people.
+"""
 HEAD = {
     "language": ["en"], "license": "apache-2.0", "library_name": "transformers", "pipeline_tag": "text-generation",
     "tags": ["deltanet", "linear-attention"],
@@ -40,10 +48,11 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path, help="directory of a released checkpoint")
     parser.add_argument("--corpus", type=Path, required=True, help="corpus.json of what it was trained on")
     parser.add_argument("--scores", type=Path, required=True, help="results.json of deltanet.eval with the smoke suite")
+    parser.add_argument("--remark", default="", help="a sentence on the training run, for what its log does not say")
     arguments = parser.parse_args()
     quiet()
     try:
-        complete(arguments.checkpoint, arguments.corpus, arguments.scores)
+        complete(arguments.checkpoint, arguments.corpus, arguments.scores, arguments.remark)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -51,12 +60,13 @@ def main() -> int:
     return 0
 
 
-def complete(checkpoint: Path, corpus: Path, scores: Path) -> None:
+def complete(checkpoint: Path, corpus: Path, scores: Path, remark: str = "") -> None:
     """Add the corpus, the scores and the samples to the checkpoint's results, and write card and curve from them."""
     results = json.loads((checkpoint / RESULTS).read_text(encoding="utf-8"))
     report = json.loads(corpus.read_text(encoding="utf-8"))
     results["corpus"] = {"packages": report["packages"], "splits": report["splits"]}
     results["smoke"] = _scores(json.loads(scores.read_text(encoding="utf-8")))
+    results["remark"] = remark
     results["samples"] = samples(checkpoint)
     results["parameters"] = AutoModelForCausalLM.from_pretrained(checkpoint).num_parameters()
     write_whole(checkpoint / RESULTS, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
@@ -98,6 +108,7 @@ def render(checkpoint: Path) -> str:
         _training(results, recipe),
         _results(results),
         _samples(results),
+        LIMITS,
     ]
     return f"---\n{yaml.safe_dump(HEAD, sort_keys=False)}---\n\n" + "\n".join(parts)
 
@@ -109,11 +120,18 @@ def _introduction(results: dict, recipe) -> str:
 A small DeltaNet ([arXiv 2406.06484](https://arxiv.org/abs/2406.06484)) that shows the package at work. It writes plausible
 English sentences in the styles of its corpus; it knows nothing reliably and follows no instructions.
 
-    import deltanet
-    from deltanet.train.shipped import checkpoint
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+```python
+import deltanet  # registers the model with the Auto classes
+from deltanet.train.shipped import checkpoint  # this directory, inside the package
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = (auto.from_pretrained(checkpoint()) for auto in (AutoModelForCausalLM, AutoTokenizer))
+model, tokenizer = (auto.from_pretrained(checkpoint()) for auto in (AutoModelForCausalLM, AutoTokenizer))
+inputs = tokenizer("The people of the United States", return_tensors="pt")
+ids = model.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=0.7, top_p=0.9)
+print(tokenizer.decode(ids[0]))
+```
+
+`python -m deltanet.train.shipped --prompt TEXT` does the same. A text without a prompt begins with `<|endoftext|>`.
 
 {config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_heads} heads of dimension \
 {config.hidden_size // config.num_heads}, SwiGLU of width {config.intermediate_size}, embeddings tied; a byte-level BPE of
@@ -152,14 +170,16 @@ def _training(results: dict, recipe) -> str:
     epochs = recipe.steps * recipe.batch_tokens / results["corpus"]["splits"]["train"]["tokens"]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     validation = results["validation"]
+    lines = f"""
+`python -m deltanet.train 7m-corpus` (`recipe.yaml`): {recipe.steps:,} steps of {recipe.batch_tokens:,} tokens in blocks of
+{recipe.block_length:,}, {epochs:.1f} times through the text; AdamW, cosine from {recipe.learning_rate:g}, weight decay
+{recipe.weight_decay:g}, bfloat16 by autocast. {sum(results["seconds"]):.0f} seconds on one {results["device"]} ({versions}).
+{results["remark"]} Kept: step {validation["step"]:,}, of the best validation, {validation["bits_per_byte"]:.4f} bits
+per byte.
+"""
     return f"""## Training
 
-`python -m deltanet.train 7m-corpus` (`recipe.yaml`): {recipe.steps:,} steps of {recipe.batch_tokens:,} tokens in blocks of \
-{recipe.block_length:,}, {epochs:.1f} times
-through the text; AdamW, cosine from {recipe.learning_rate:g}, weight decay {recipe.weight_decay:g}, bfloat16 by autocast. \
-{sum(results["seconds"]):.0f} seconds on one
-{results["device"]} ({versions}). Kept: step {validation["step"]:,}, of the best validation, \
-{validation["bits_per_byte"]:.4f} bits per byte.
+{textwrap.fill(" ".join(lines.split()), WIDTH, break_long_words=False, break_on_hyphens=False)}
 
 ![Loss and held-out bits per byte](curve.png)
 """
@@ -169,8 +189,9 @@ def _results(results: dict) -> str:
     test = results["test"]
     sources = [f"| {name} | {row['bytes']:,} | {row['bits_per_byte']:.4f} |" for name, row in test["by_source"].items()]
     scores = [
-        f"| {row['task']} | {row['metric']} | {row['value']:.4f} | {round(row['stderr'], 4) if row['stderr'] else ''} |"
+        f"| {row['task']} | {row['metric']} | {row['value']:.4f} | {'' if error is None else format(error, '.4f')} |"
         for row in results["smoke"]
+        for error in [row["stderr"]]
     ]
     return f"""## Results
 
@@ -182,7 +203,9 @@ float32, {test["bfloat16"]:.4f} in bfloat16; xz needs {test["xz"]:.4f}. By sourc
 |---|---|---|
 {chr(10).join(sources)}
 
-The smoke suite (`python -m deltanet.eval CHECKPOINT --suite smoke`), on *Northanger Abbey*:
+The smoke suite (`python -m deltanet.eval CHECKPOINT --suite smoke --dtype float32`), on chapters of *Northanger Abbey*:
+bits per byte of passages; last words that occurred before; the right one of four endings (chance 0.25); numbers told in the
+middle of a passage and asked for at its end.
 
 | task | metric | value | standard error |
 |---|---|---|---|

@@ -23,9 +23,9 @@ from .bits_per_byte import bits_per_byte, compressed_bits_per_byte
 from .finished import finished_directory, write_whole
 from .heldout import BITS_FILE
 from .quiet import quiet
+from .report import RESULTS
 from .run import LOG_FILE, MODEL, RECIPE_FILE
 
-RESULTS = "results.json"
 DTYPES = ("float32", "bfloat16")
 CURVE = ("step", "loss", "bits_per_byte", "tokens_per_second")
 

@@ -23,7 +23,10 @@ from .bits_per_byte import bits_per_byte, compressed_bits_per_byte
 from .quiet import quiet
 from .text import shipped_chapters
 
+RESULTS = "results.json"
+"""What is known of a released model, beside its weights."""
 PROMPT = "She had not expected to see him there, and"
+TOKENS = 100
 
 
 def main() -> None:
@@ -55,7 +58,7 @@ def continuation(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
-    tokens: int = 100,
+    tokens: int = TOKENS,
     seed: int = 0,
     streamer: TextStreamer | None = None,
 ) -> str:
