@@ -8,7 +8,8 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 # `kernels` has no __init__.py: a package of that name on the path would hide Hugging Face's own `kernels`.
 FOLDERS = (
-    "kernels", "eval", "eval.synthetic", "train", "train.corpus", "train.examples", "publish", "serving", "benchmarks",
+    "kernels", "eval", "eval.claims", "eval.synthetic", "train", "train.corpus", "train.examples", "publish", "serving",
+    "benchmarks",
 )  # fmt: skip
 PACKAGES = ["deltanet", *(f"deltanet.{folder}" for folder in FOLDERS)]
 
@@ -28,9 +29,9 @@ setup(
     package_dir={"deltanet": "."},
     packages=PACKAGES,
     package_data={
-        "deltanet.train": ["accelerate/*", "data/*", "recipes/*"],
+        "deltanet.train": ["accelerate/*", "checkpoint/*", "data/*", "recipes/*"],
         "deltanet.train.corpus": ["manifest.json"],
-        "deltanet.eval": ["README.md", "tasks/*"],
+        "deltanet.eval": ["README.md", "RESULTS.md", "results/*", "tasks/*"],
         "deltanet.benchmarks": ["results/*"],
         "deltanet.kernels": ["README.md"],
     },
