@@ -10,7 +10,7 @@ VLLM_EXTRAS := [test-vllm]
 .PHONY: run test test-floor test-vllm clean
 
 run: .venv/ready
-	.venv/bin/python -m deltanet.train.first_run
+	.venv/bin/python -m deltanet.train.shipped
 
 test: .venv-test/ready
 	.venv-test/bin/python -m pytest tests
