@@ -18,17 +18,20 @@ from deltanet.eval.claims.language_training import (
     TooSlow,
     cast,
     next_token_loss,
+    recall_exercises,
     train,
+    train_recall,
     training_tokens,
 )
-from deltanet.eval.claims.needles import Words, ask, hide
+from deltanet.eval.claims.needles import Words, ask, exercise
 from deltanet.eval.synthetic.models import build_model
+from deltanet.eval.synthetic.recall_tasks import IGNORE
 from deltanet.train.prepare import prepare
 from deltanet.train.sources import FileSource
 from deltanet.train.text import DATA, shipped_chapters
 from deltanet.train.tokenization import train_tokenizer
 
-WORDS = Words(np.array([900, 901]), np.arange(100, 120), np.arange(200, 220), np.array([902]))
+WORDS = Words(np.array([900, 901]), np.arange(100, 120), np.arange(200, 240).reshape(20, 2), np.array([902]))
 TINY = Settings.tiny()
 TEXT = np.arange(1000, 1200)
 
@@ -53,15 +56,20 @@ def _mentions(tokens):
         assert tokens[place + 1] == 901 and tokens[place + 4] == 902
     rest = np.delete(tokens, (places[:, None] + np.arange(WORDS.size)).ravel())
     assert rest.tolist() == TEXT[: len(rest)].tolist()
-    return [(int(place), int(tokens[place + 2]), int(tokens[place + 3])) for place in places]
+    keys, values = tokens[places + 2], tokens[places + 3]
+    assert ((values - 200) // 2 == keys - 100).all(), "each key has values of its own"
+    return list(zip(places.tolist(), keys.tolist(), values.tolist()))
 
 
-def test_hidden_facts_come_twice_and_leave_the_text_whole():
-    tokens = hide(TEXT, WORDS, np.random.default_rng(0), 6)
-    mentions = _mentions(tokens)
-    assert len(tokens) == len(TEXT) and len(mentions) == 12
-    pairs = [(key, value) for _, key, value in mentions]
-    assert all(pairs.count(pair) == 2 for pair in pairs) and len({key for key, _ in pairs}) == 6
+def test_exercises_label_every_value_that_was_mentioned_before():
+    tokens, labels = exercise(TEXT, WORDS, np.random.default_rng(0), 6, 15)
+    mentions, known, again = _mentions(tokens), {}, {}
+    assert len(tokens) == len(labels) == len(TEXT) and len(mentions) == 15
+    for place, key, value in mentions:
+        if known.setdefault(key, (place, value))[0] != place:
+            again[place + WORDS.value_offset] = value
+    assert len(known) == 6 and all(known[key][1] == value for _, key, value in mentions)
+    assert {place: labels[place] for place in np.flatnonzero(labels != IGNORE)} == again and len(again) == 9
 
 
 def test_questions_stand_at_the_end_and_their_answers_in_the_text():
@@ -81,17 +89,29 @@ def test_facts_are_drawn_anew_and_those_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="`count` is 21; allowed: at most 20"):
         WORDS.facts(rng, 21)
     with pytest.raises(ValueError, match="12 mentions do not fit into 30 tokens"):
-        hide(TEXT[:30], WORDS, rng, 6)
+        exercise(TEXT[:30], WORDS, rng, 6, 12)
 
 
-def test_words_are_whole_words_of_the_tokenizer(tokenizer):
-    words = Words.of(tokenizer)
+def _counts(words, stream):
+    """How often the words come, the most frequent first."""
+    return np.sort([(stream == word).sum() for word in (*words.keys, *words.values.flat)])[::-1].tolist()
+
+
+def test_words_are_whole_words_of_the_tokenizer_and_neither_rare_nor_the_most_frequent(tokenizer, monkeypatch):
+    stream = np.array(tokenizer.encode(" ".join(shipped_chapters("heldout"))))
+    words = Words.of(tokenizer, stream)
     fact = tokenizer.decode(words.facts(np.random.default_rng(0), 1)[0])
     key, value = fact.removeprefix(" ( ").removesuffix(")").split(" ")
     assert fact == f" ( {key} {value})" and key.isalpha() and value.isalpha()
-    assert not {*words.keys} & {*words.values}
+    assert len({*words.keys, *words.values.flat}) == words.keys.size + words.values.size
     with pytest.raises(ValueError, match="has 0 pieces that are whole words"):
-        Words.of(train_tokenizer(["x"], 257))
+        Words.of(train_tokenizer(["x"], 257), stream)
+    monkeypatch.setattr(needles, "VALUES", 2)
+    monkeypatch.setattr(needles, "MORE_FREQUENT", 0)
+    all_counts = _counts(Words.of(tokenizer, stream), stream)
+    monkeypatch.setattr(needles, "KEYS", 3)
+    monkeypatch.setattr(needles, "MORE_FREQUENT", 2)
+    assert _counts(Words.of(tokenizer, stream), stream) == all_counts[2:11]
 
 
 class _Oracle(torch.nn.Module):
@@ -127,18 +147,29 @@ def test_recall_counts_right_answers(knows, share):
     assert (distances >= WORDS.size).all() and (distances < 150).all()
 
 
-def test_training_tokens_are_seeded_blocks_of_the_stream_with_needles_in_the_first_rows():
-    settings = Settings(steps=5, batch=4, length=50, needle_rows=1, most_facts=2)
+def test_training_tokens_are_seeded_blocks_of_the_stream():
+    settings = Settings(steps=5, batch=4, length=50)
     stream = np.arange(500) + 1000
-    tokens = training_tokens(stream, WORDS, settings, seed=0)
-    assert tokens.shape == (5, 4, 50) and (tokens == training_tokens(stream, WORDS, settings, 0)).all()
-    assert (tokens != training_tokens(stream, WORDS, settings, 1)).any()
-    plain = tokens[:, 1:].reshape(-1, 50)
-    assert (plain[:, 0] % 50 == 0).all() and (np.diff(plain) == 1).all()
-    facts = (tokens[:, 0] == 900).sum(1)
-    assert set(facts) <= {2, 4} and (tokens[:, 1:] < 1500).all() and (tokens[:, 1:] >= 1000).all()
-    begins = [int(block[block >= 1000][0]) for block in tokens.reshape(-1, 50)]
+    tokens = training_tokens(stream, settings, seed=0)
+    assert tokens.shape == (5, 4, 50) and (tokens == training_tokens(stream, settings, 0)).all()
+    assert (tokens != training_tokens(stream, settings, 1)).any()
+    blocks = tokens.reshape(-1, 50)
+    assert (blocks[:, 0] % 50 == 0).all() and (np.diff(blocks) == 1).all()
+    begins = blocks[:, 0].tolist()
     assert all(begins.count(begin) == 2 for begin in range(1000, 1500, 50)), "two epochs, every block once in each"
+
+
+def test_recall_exercises_are_seeded_and_have_facts_up_to_the_most_in_every_stage():
+    sizes = {"exercise_lengths": (40, 100), "exercise_steps": (3, 20), "most_facts": 4, "most_mentioned": 0.6}
+    settings = Settings(batch=4, length=200, **sizes)
+    stages = recall_exercises(np.arange(500) + 1000, WORDS, settings, seed=0)
+    assert [tokens.shape for tokens, _ in stages] == [labels.shape for _, labels in stages] == [(3, 20, 40), (20, 8, 100)]
+    for most, (tokens, labels) in zip((4, 12), stages):
+        mentions, asked = (tokens == 900).sum(-1), (labels != IGNORE).sum(-1)
+        assert set(np.unique(mentions - asked)) == {*range(1, 1 + min(4, most // 2))}, "facts"
+        assert mentions.min() == 2 and mentions.max() == most and (labels == tokens)[labels != IGNORE].all()
+    again, other = (recall_exercises(np.arange(500) + 1000, WORDS, settings, seed) for seed in (0, 1))
+    assert (again[1][0] == stages[1][0]).all() and (other[1][0] != stages[1][0]).any()
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -155,6 +186,9 @@ def test_loss_is_that_of_the_model(name):
     ids = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(0))
     expected = model(input_ids=ids, labels=ids, use_cache=False).loss
     torch.testing.assert_close(next_token_loss(model, ids), expected, rtol=1e-5, atol=1e-5)
+    labels = torch.where(ids < 20, ids, IGNORE)
+    some = model(input_ids=ids, labels=labels, use_cache=False).loss
+    torch.testing.assert_close(next_token_loss(model, ids, labels), some, rtol=1e-5, atol=1e-5)
     losses = text_measures.token_losses(model, ids.flatten().numpy(), 24, 24)
     torch.testing.assert_close(losses.mean(), expected, rtol=1e-5, atol=1e-5)
 
@@ -219,6 +253,19 @@ def test_train_returns_a_curve_and_stops_when_it_must():
         train(model, tokens, TINY, loss, time.monotonic() - 1)
     with pytest.raises(TooSlow, match="the 12 steps of a run would take"):
         train(model, tokens, Settings(steps=12, longest_s=0.0), loss, later)
+
+
+def test_a_model_learns_the_answers_of_its_exercises():
+    model = build("deltanet", TINY.size, 61)
+    ids = torch.randint(61, (8, 32), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    labels = torch.where(ids < 10, ids, IGNORE)
+    before = next_token_loss(model, ids, labels).item()
+    stages = [tuple(part.reshape(1, -1, length).repeat(15, 1, 1) for part in (ids, labels)) for length in (16, 32)]
+    settings = Settings(exercise_steps=(15, 15), exercise_rate=1e-2)
+    assert train_recall(model, stages, settings, time.monotonic() + 100) > 0
+    assert next_token_loss(model, ids, labels) < before / 2
+    with pytest.raises(OutOfTime):
+        train_recall(model, stages, settings, time.monotonic() - 1)
 
 
 @pytest.mark.parametrize(("length", "chunk"), [(40, 8), (37, 16), (5, 8)])

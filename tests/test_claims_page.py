@@ -13,6 +13,7 @@ from deltanet.eval.claims.markdown import PAGE
 def _run(model, seed, test):
     return {
         **{"kind": "train", "model": model, "seed": seed, "parameters": 17_355_136, "seconds": 20.0, "step_ms": 25.0},
+        "shared_gpu": False,
         **{"train_s": 16.0, "validation": test - 1, "test": test, "curve": [[1000, 90.0], [2000, test - 1]]},
         "needles": [{"length": 64, "facts": 1, "right": test / 100, "asked": 4}, {"length": 128, "facts": 1, "right": 0.5}],
         **{"distances": [{"up_to": 128, "right": 0.5}], "lengths": [[64, test], [1024, 3.0]], "positions": [[128, test]]},
@@ -23,9 +24,10 @@ def _run(model, seed, test):
 def folder(tmp_path):
     cells = [{"T": T, "tokens_per_s": 1234.0, "cache_mib": T / 64, "peak_over_weights_mib": 1500.0} for T in (64, 128)]
     runs = [
-        *(_run("deltanet", 1, 30.0), _run("deltanet", 0, 20.0), _run("transformer", 0, 40.0) | {"lengths": [[64, 9.0]]}),
+        *(_run("deltanet", 1, 30.0), _run("deltanet", 0, 20.0)),
+        _run("transformer", 0, 40.0) | {"lengths": [[64, 9.0]], "shared_gpu": True},
         {"kind": "train", "model": "mamba2", "seed": 0, "error": "a step takes 900 ms", "too_slow": True, "seconds": 6.0},
-        {"kind": "generation", "model": "deltanet", "batch": 8, "cells": cells, "seconds": 3.0},
+        {"kind": "generation", "model": "deltanet", "batch": 8, "cells": cells, "seconds": 3.0, "shared_gpu": False},
     ]
     data = {
         "environment": {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0"},
@@ -64,7 +66,8 @@ def test_modelling_has_means_over_seeds_and_says_what_is_missing(folder):
     text = language_page.modelling(folder)
     head, _, deltanet, transformer = _rows(text)
     assert deltanet == [LABELS["deltanet"], "17.36 M", "24.00", "25.00", "20.00, 30.00", "25.0", "16.0", "28.24"]
-    assert transformer[2:5] == ["39.00", "40.00", "40.00"] and len(head) == len(deltanet)
+    assert transformer[2:7] == ["39.00", "40.00", "40.00", "–", "–"], "no times of a GPU that others used"
+    assert len(head) == len(deltanet)
     assert "Mamba2: a step takes 900 ms." in text and f"{LABELS['elu-sum']}: not run." in text
     assert language_page.IN_PAPER.keys() == LABELS.keys() - {"mamba2"}
 
@@ -75,7 +78,12 @@ def test_other_tables_of_the_language_models(folder):
     assert head == ["tokens in a window", "64", "1,024"] and deltanet == [LABELS["deltanet"], "25.00", "3.00"]
     assert transformer == [LABELS["transformer"], "9.00", "–"]
     assert _rows(language_page.generation(folder))[3] == [LABELS["deltanet"], "8", "128", "1,234", "2.0", "1,500.0"]
+    data = json.loads((folder / FILE).read_text())
+    data["runs"][-1]["shared_gpu"] = True
+    (folder / FILE).write_text(json.dumps(data))
+    assert _rows(language_page.generation(folder))[3][3:5] == ["–", "2.0"]
     settings = language_page.settings(folder)
+    assert "200 steps of 128 × 128 tokens, then 600 steps of 16 × 1,024 tokens more on facts" in settings
     assert "1,600 steps of 16 × 1,024 tokens, 26.2 million together" in settings and "69 s" in settings
 
 

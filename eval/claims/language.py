@@ -27,7 +27,7 @@ from ...train.finished import write_whole
 from ...train.quiet import quiet
 from ...train.shards import TokenShards
 from .language_models import CONFIGURATIONS, Size, build, parameters
-from .language_training import OutOfTime, TooSlow, cast, train, training_tokens
+from .language_training import OutOfTime, TooSlow, cast, recall_exercises, train, train_recall, training_tokens
 from .needles import Words, recall
 from .text_measures import context_perplexities, perplexity
 
@@ -55,8 +55,11 @@ class Settings:
     weight_decay: float = 0.1
     betas: tuple = (0.9, 0.95)
     clip: float = 1.0
-    needle_rows: int = 8  # of a batch
+    exercise_lengths: tuple = (128, 1024)  # after the text, and after all measurements but those of recall
+    exercise_steps: tuple = (200, 600)
+    exercise_rate: float = 1e-3
     most_facts: int = 64
+    most_mentioned: float = 0.5  # of the tokens of an exercise
     evaluations: int = 8
     validation_tokens: int = 2**17
     test_tokens: int = 2**20
@@ -77,7 +80,8 @@ class Settings:
         size = Size(width=32, layers=4, intermediate=64, heads=2, transformer_heads=2, window=16, mamba2_layers=2)
         lengths = {"lengths": (64, 128, 256), "recall_lengths": (256,), "contexts": (64, 128), "new_tokens": 6}
         amounts = {"validation_tokens": 1024, "test_tokens": 2048, "length_tokens": 512, "recall_sequences": 4}
-        facts = {"recall_facts": (1, 4), "length_facts": 4, "most_facts": 4, "needle_rows": 1, "generation_batch": 2}
+        facts = {"recall_facts": (1, 4), "length_facts": 4, "most_facts": 4, "generation_batch": 2}
+        facts |= {"exercise_lengths": (32, 128), "exercise_steps": (2, 4)}
         return cls(size, steps=12, batch=4, length=128, evaluations=2, tokens_at_once=512, **lengths, **amounts, **facts)
 
 
@@ -88,18 +92,20 @@ class Corpus:
         shards = {split: TokenShards(path / split) for split in SPLITS}
         self.streams = {split: part.read(0, len(part)).numpy() for split, part in shards.items()}
         self.vocab = len(shards["train"].tokenizer)
-        self.words = Words.of(shards["train"].tokenizer)
-        self.drawn = None, None
+        self.words = Words.of(shards["train"].tokenizer, self.streams["train"])
+        self.drawn = None, None, None
         self.identity = {
             "vocabulary": self.vocab,
             **{split: {"tokens": len(part), "checksum": part.checksum} for split, part in shards.items()},
         }
 
-    def sequences(self, settings: Settings, seed: int) -> np.ndarray:
-        """`training_tokens` of a seed, which all models share."""
+    def sequences(self, settings: Settings, seed: int) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+        """`training_tokens` and `recall_exercises` of a seed, which all models share."""
         if self.drawn[0] != (settings, seed):
-            self.drawn = (settings, seed), training_tokens(self.streams["train"], self.words, settings, seed)
-        return self.drawn[1]
+            stream = self.streams["train"]
+            exercises = recall_exercises(stream, self.words, settings, seed)
+            self.drawn = (settings, seed), training_tokens(stream, settings, seed), exercises
+        return self.drawn[1:]
 
 
 class Results:
@@ -148,9 +154,10 @@ def units(models: list[str], seeds: list[int]) -> list[dict]:
 
 
 def run_training(model_name: str, seed: int, corpus: Corpus, settings: Settings, device: str, deadline: float) -> dict:
-    """Train a model and measure it."""
+    """Train a model on text and measure it, then train it to recall facts and measure that."""
     model = build(model_name, settings.size, corpus.vocab, seed).to(device)
-    tokens = torch.from_numpy(corpus.sequences(settings, seed)).to(device)
+    tokens, exercises = corpus.sequences(settings, seed)
+    tokens = torch.from_numpy(tokens).to(device)
     validation = corpus.streams["validation"][: settings.validation_tokens]
     evaluate = lambda model: perplexity(model, validation, settings.length, settings.tokens_at_once)  # noqa: E731
     figures = train(model, tokens, settings, evaluate, deadline)
@@ -158,12 +165,16 @@ def run_training(model_name: str, seed: int, corpus: Corpus, settings: Settings,
     test = corpus.streams["test"]
     text = test[: settings.length_tokens]
     lengths, positions = context_perplexities(model, text, settings.lengths, settings.tokens_at_once)
-    needles, distances = measure_recall(model, corpus, settings)
+    test_perplexity = perplexity(model, test[: settings.test_tokens], settings.length, settings.tokens_at_once)
+    stages = [tuple(torch.from_numpy(part).to(device) for part in stage) for stage in exercises]
+    exercise_s = train_recall(model, stages, settings, deadline)
+    needles, distances = measure_recall(model.eval(), corpus, settings)
     return {
         "parameters": parameters(model),
         **figures,
         "validation": figures["curve"][-1][1],
-        "test": perplexity(model, test[: settings.test_tokens], settings.length, settings.tokens_at_once),
+        "test": test_perplexity,
+        "exercise_s": exercise_s,
         "needles": needles,
         "distances": distances,
         "lengths": lengths,
@@ -245,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
         except OutOfTime:
             print(f"{name}: no time is left. The same command goes on here.", flush=True)
             return 0
-        results.add(unit, figures)
+        results.add(unit, {**figures, "shared_gpu": arguments.shared_gpu})
         print(f"{name}: {summary(figures)}", flush=True)
         if arguments.device == "cuda":
             torch.cuda.empty_cache()
@@ -263,6 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of units; all of them unless given")
     parser.add_argument("--steps", type=int, help="of the training of each model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shared_gpu", action="store_true", help="others use the GPU too: RESULTS.md leaves out the times")
     parser.add_argument("--tiny", action="store_true", help="tiny models and lengths, to try the command itself")
     return parser
 

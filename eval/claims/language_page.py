@@ -28,13 +28,15 @@ def settings(folder: Path) -> str:
         return not_run(COMMAND)
     chosen, corpus, environment = data["settings"], data["data"], data["environment"]
     batch, length, size, final = (chosen[key] for key in ("batch", "length", "size", "final_factor"))
+    parts = zip(chosen["exercise_steps"], chosen["exercise_lengths"])
+    exercises = ", then ".join(f"{steps:,} steps of {batch * length // own:,} × {own:,} tokens" for steps, own in parts)
     million = chosen["steps"] * batch * length / 1e6
     versions = [f"{name} {environment[name]}" for name in ("torch", "triton", "transformers") if name in environment]
     rows = [
         ("data", f"{corpus['train']['tokens']:,} tokens to train on, a vocabulary of {corpus['vocabulary']:,}"),
         ("model", f"width {size['width']}, {size['layers']} layers, SwiGLU of {size['intermediate']:,}, tied embeddings"),
         ("training", f"{chosen['steps']:,} steps of {batch} × {length:,} tokens, {million:.1f} million together"),
-        ("facts", f"hidden in {chosen['needle_rows']} of {batch} sequences, 1 to {chosen['most_facts']} each"),
+        ("recall", f"{exercises} more on facts, 1 to {chosen['most_facts']} in a sequence, at {chosen['exercise_rate']:g}"),
         ("learning rate", f"{chosen['learning_rate']:g} after {chosen['warmup']:.0%}, then a cosine to {final:.0%} of it"),
         ("AdamW", f"betas {chosen['betas']}, weight decay {chosen['weight_decay']:g}, clipping at {chosen['clip']:g}"),
         ("precision", "bfloat16, with float32 master weights"),
@@ -48,17 +50,23 @@ def modelling(folder: Path) -> str:
     """Perplexities: the mean over the seeds, and each of them."""
     rows, paper = [], {row["model"]: row["values"]["Wiki"] for row in load_paper()["rows"] if row["size"].startswith("340M")}
     for name, runs in trained(folder).items():
-        means = [mean(run[key] for run in runs) for key in ("validation", "test", "step_ms", "train_s")]
+        validation, test = (f"{mean(run[key] for run in runs):.2f}" for key in ("validation", "test"))
         each = ", ".join(f"{run['test']:.2f}" for run in runs)
         size = f"{runs[0]['parameters'] / 1e6:.2f} M"
-        figures = ("{:.2f} | {:.2f} | {each} | {:.1f} | {:.1f}").format(*means, each=each)
-        rows.append((LABELS[name], size, figures, paper.get(IN_PAPER.get(name), "")))
+        times = (_time(runs, key) for key in ("step_ms", "train_s"))
+        rows.append((LABELS[name], size, validation, test, each, *times, paper.get(IN_PAPER.get(name), "")))
     heads = ["model", "parameters", "validation", "test", "test, each seed", "ms a step", "training, s", "paper, 340M: Wiki"]
     errors = failed(folder)
     missing = [f"{LABELS[name]}: {error}." for name, error in errors.items()]
     missing += [f"{LABELS[name]}: not run." for name in CONFIGURATIONS if rows and name not in {*trained(folder), *errors}]
     picture = image(folder / "language_curves.png", "Validation perplexity against tokens seen")
     return _joined(table(heads, rows), " ".join(missing), picture)
+
+
+def _time(runs: list[dict], key: str) -> str:
+    """The mean over the runs that had the GPU to themselves, or a dash."""
+    alone = [run[key] for run in runs if not run["shared_gpu"]]
+    return f"{mean(alone):.1f}" if alone else "–"
 
 
 def recall(folder: Path) -> str:
@@ -91,7 +99,8 @@ def generation(folder: Path) -> str:
     for run in generating(folder):
         for cell in run["cells"]:
             memory = (f"{cell[key]:,.1f}" for key in ("cache_mib", "peak_over_weights_mib"))
-            rows.append((LABELS[run["model"]], run["batch"], f"{cell['T']:,}", f"{cell['tokens_per_s']:,.0f}", *memory))
+            speed = "–" if run["shared_gpu"] else f"{cell['tokens_per_s']:,.0f}"
+            rows.append((LABELS[run["model"]], run["batch"], f"{cell['T']:,}", speed, *memory))
     heads = ["model", "batch", "context", "tokens/s", "state or keys and values, MiB", "peak beside the weights, MiB"]
     return _joined(table(heads, rows), image(folder / "language_generation.png", "Speed and memory behind a context"))
 

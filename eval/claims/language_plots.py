@@ -72,7 +72,7 @@ def _positions(axis, models) -> None:
 
 
 def _speed(axis, runs) -> None:
-    for run in runs:
+    for run in (run for run in runs if not run["shared_gpu"]):
         axis.plot(*zip(*((c["T"], c["tokens_per_s"]) for c in run["cells"])), marker="o", label=LABELS[run["model"]])
     axis.set(xlabel="tokens of context", ylabel="tokens/s", ylim=(0, None))
     axis.set_xscale("log", base=2)

@@ -1,6 +1,7 @@
-"""Trains one language model, as all others that it is compared with, and keeps its curve."""
+"""Trains one language model on text, and then to recall facts, as all others that it is compared with."""
 
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -10,9 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...fused_deltanet import linear_cross_entropy
+from ..synthetic.recall_tasks import IGNORE
 from ..synthetic.recording import RecordedStep
 from ..synthetic.training import rate_factor
-from .needles import Words, hide
+from .needles import Words, exercise
 from .text_measures import last_hidden
 
 PROBE = 5
@@ -32,27 +34,42 @@ class TooSlow(Exception):
         self.step_ms = step_ms
 
 
-def training_tokens(stream: np.ndarray, words: Words, settings, seed: int) -> np.ndarray:
-    """All sequences of a run, int32 [steps, batch, length], the same for every model.
-
-    Blocks of the stream [N] in random order, epoch after epoch; the first `needle_rows` of each batch hide 1 to
-    `most_facts` facts, small numbers more often.
-    """
+def training_tokens(stream: np.ndarray, settings, seed: int) -> np.ndarray:
+    """All text of a run, int32 [steps, batch, length], the same for every model: blocks of the stream [N] in random order,
+    epoch after epoch."""
     rng = np.random.default_rng(seed)
     blocks = stream[: len(stream) // settings.length * settings.length].reshape(-1, settings.length)
     needed = settings.steps * settings.batch
     order = np.concatenate([rng.permutation(len(blocks)) for _ in range(-(-needed // len(blocks)))])[:needed]
-    tokens = blocks[order].astype(np.int32).reshape(settings.steps, settings.batch, settings.length)
-    for step in range(settings.steps):
-        for row in range(settings.needle_rows):
-            count = round(settings.most_facts ** rng.random())
-            tokens[step, row] = hide(tokens[step, row], words, rng, count)
-    return tokens
+    return blocks[order].astype(np.int32).reshape(settings.steps, settings.batch, settings.length)
 
 
-def next_token_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """The mean loss of ids [B, T], computed alike for every model, without holding all logits."""
-    return linear_cross_entropy(model.lm_head, last_hidden(model, ids)[:, :-1], ids[:, 1:].long())
+def recall_exercises(stream: np.ndarray, words: Words, settings, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and labels, int32 [steps, rows, length], of each of `exercise_lengths`, the same for every model.
+
+    Text from anywhere in the stream [N], with 1 to `most_facts` facts in up to as many mentions as fill `most_mentioned` of
+    it, small numbers more often; steps have as many tokens as those on text.
+    """
+    rng = np.random.default_rng(seed)
+    stages = []
+    for length, steps in zip(settings.exercise_lengths, settings.exercise_steps):
+        most = int(settings.most_mentioned * length) // words.size
+        rows = settings.batch * settings.length // length
+        starts = rng.integers(0, len(stream) - length + 1, steps * rows)
+        pairs = np.empty((2, steps * rows, length), np.int32)
+        for row, start in enumerate(starts):
+            count = round(min(settings.most_facts, most // 2) ** rng.random())
+            mentions = round(2 * count * (most / (2 * count)) ** rng.random())
+            pairs[:, row] = exercise(stream[start : start + length], words, rng, count, mentions)
+        stages.append(tuple(pairs.reshape(2, steps, rows, length)))
+    return stages
+
+
+def next_token_loss(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    """The mean loss of ids [B, T], or of the `labels` [B, T] that are not `IGNORE`, computed alike for every model, without
+    holding all logits."""
+    labels = ids if labels is None else labels
+    return linear_cross_entropy(model.lm_head, last_hidden(model, ids)[:, :-1], labels[:, 1:].long(), ignore_index=IGNORE)
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -66,7 +83,7 @@ class MasterWeights:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, weight_decay: float, betas: tuple, clip: float):
         self.weights, self.clip = list(model.parameters()), clip
-        self.masters = [weight.detach().clone() for weight in self.weights]
+        self.masters = [weight.detach().to(torch.float32, copy=True) for weight in self.weights]
         cast(model, dtype)
         for master in self.masters:
             master.grad = torch.zeros_like(master)
@@ -106,16 +123,15 @@ def train(model: PreTrainedModel, tokens: torch.Tensor, settings, evaluate, dead
     """
     dtype = torch.bfloat16 if tokens.is_cuda else torch.float32
     weights = MasterWeights(model, dtype, settings.weight_decay, settings.betas, settings.clip)
-    schedule = {"warmup": settings.warmup, "final_factor": settings.final_factor}
+    rates = _rates(settings.steps, settings.learning_rate, settings)
     model.train()
     marks = {round(settings.steps * (index + 1) / settings.evaluations) for index in range(settings.evaluations)}
     curve, clock = [], _Clock(tokens.is_cuda)
     step_on = RecordedStep(partial(_step, model, weights), str(tokens.device))
-    for step, batch in enumerate(tokens):
+    for step, (batch, rate) in enumerate(zip(tokens, rates)):
         if time.monotonic() > deadline:
             raise OutOfTime
-        rate = settings.learning_rate
-        weights.rate.fill_(rate * rate_factor(step, settings.steps, 1, rate, schedule))
+        weights.rate.fill_(rate)
         step_on(batch)
         clock.step()
         if step + 1 == 2 * PROBE and clock.milliseconds() * settings.steps > settings.longest_s * 1e3:
@@ -128,10 +144,39 @@ def train(model: PreTrainedModel, tokens: torch.Tensor, settings, evaluate, dead
     return {**figures, "recorded": step_on.is_recorded}
 
 
-def _step(model: PreTrainedModel, weights: MasterWeights, batch: torch.Tensor) -> None:
+def train_recall(model: PreTrainedModel, stages: Sequence[tuple[torch.Tensor, torch.Tensor]], settings, deadline) -> float:
+    """
+    Train on the tokens and labels of `recall_exercises`, on the model's device, stage after stage, with float32 master weights
+    beside weights of the model's own dtype. Returns the seconds it took.
+
+    Raises:
+        OutOfTime: nothing is to be kept of the run.
+    """
+    began = time.monotonic()
+    weights = MasterWeights(model, model.dtype, settings.weight_decay, settings.betas, settings.clip)
+    rates = _rates(sum(settings.exercise_steps), settings.exercise_rate, settings)
+    model.train()
+    for tokens, labels in stages:
+        step_on = RecordedStep(partial(_step, model, weights), str(tokens.device))
+        for *batch, rate in zip(tokens, labels, rates):
+            if time.monotonic() > deadline:
+                raise OutOfTime
+            weights.rate.fill_(rate)
+            step_on(*batch)
+    if tokens.is_cuda:
+        torch.cuda.synchronize()
+    return time.monotonic() - began
+
+
+def _step(model: PreTrainedModel, weights: MasterWeights, *batch: torch.Tensor) -> None:
     model.zero_grad()
-    next_token_loss(model, batch).backward()
+    next_token_loss(model, *batch).backward()
     weights.step()
+
+
+def _rates(steps: int, rate: float, settings) -> Iterator[float]:
+    schedule = {"warmup": settings.warmup, "final_factor": settings.final_factor}
+    return (rate * rate_factor(step, steps, 1, rate, schedule) for step in range(steps))
 
 
 class _Clock:

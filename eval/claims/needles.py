@@ -1,7 +1,9 @@
-"""Recall from text: facts of a key and a value, two words each, hidden in real text and asked for later.
+"""Recall from text: facts of a key and a value, a token each, hidden in real text and asked for later.
 
-A mention is ` (key value)`. Where a key comes for the second time, its value follows from the first. Keys and values are
-drawn anew for every sequence, so that no weight can know them.
+A mention is ` (key value)`. Each key has a few values of its own, and which of them holds is drawn anew for every sequence,
+so that no weight can know it. Where a key comes again, its value follows from the first mention. A model finds it by
+looking for one of the key's values. With values that any key may have it would have to find the key, and then what follows:
+attention does not learn that in a short training, and nothing could be compared.
 """
 
 import re
@@ -11,12 +13,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..synthetic.recall_tasks import IGNORE
 from .text_measures import last_hidden
 
 _WORD = re.compile(r"Ġ[A-Za-z]{3,}")
-WORDS = 128
-"""The last learnt, and so rarest, whole words of the vocabulary, every other one a key: few, so that a short training sees
-each of them often."""
+KEYS = 64
+VALUES = 8
+"""Of each key: few words together, so that a short training sees each of them often."""
+MORE_FREQUENT = 512
+"""Whole words that come more often than those: these shall not fill the text, but a rare word's embedding would not train.
+All rare tokens are pushed the same way by a tied head, and a model that cannot tell them apart learns no facts."""
 ASKED = 8
 """The most questions at the end of a passage."""
 
@@ -26,23 +32,29 @@ class Words:
     """Ids of a mention's parts."""
 
     opening: np.ndarray
-    keys: np.ndarray
-    values: np.ndarray
+    keys: np.ndarray  # [K]
+    values: np.ndarray  # [K, VALUES]
     closing: np.ndarray
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Words":
+    def of(cls, tokenizer: PreTrainedTokenizerBase, stream: np.ndarray) -> "Words":
         """
+        Of a byte-level tokenizer and the tokens [N] that a model reads before.
+
         Raises:
-            ValueError: the vocabulary of this byte-level tokenizer has fewer than four whole words.
+            ValueError: the vocabulary has too few whole words for one key.
         """
         pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        words = np.array([index for index, piece in enumerate(pieces) if _WORD.fullmatch(piece)][-WORDS:])
-        if len(words) < 4:
-            raise ValueError(f"`tokenizer` has {len(words)} pieces that are whole words; allowed: 4 and more.")
+        counts = np.bincount(stream, minlength=len(pieces))
+        words = np.array([index for index, piece in enumerate(pieces) if _WORD.fullmatch(piece)], dtype=int)
+        words = words[np.argsort(-counts[words], kind="stable")]
+        if len(words) <= VALUES:
+            raise ValueError(f"`tokenizer` has {len(words)} pieces that are whole words; allowed: {VALUES + 1} and more.")
+        count = min(KEYS, len(words) // (VALUES + 1)) * (VALUES + 1)
+        table = words[min(MORE_FREQUENT, len(words) - count) :][:count].reshape(-1, VALUES + 1)
         marks = (np.array(tokenizer.encode(text, add_special_tokens=False)) for text in (" (", ")"))
         opening, closing = marks
-        return cls(opening, words[::2], words[1::2], closing)
+        return cls(opening, table[:, 0], table[:, 1:], closing)
 
     @property
     def size(self) -> int:
@@ -62,15 +74,26 @@ class Words:
         """
         if count > len(self.keys):
             raise ValueError(f"`count` is {count}; allowed: at most {len(self.keys)}, the number of keys.")
-        pairs = np.stack([rng.choice(self.keys, count, replace=False), rng.choice(self.values, count)], 1)
+        chosen = rng.choice(len(self.keys), count, replace=False)
+        values = self.values[chosen, rng.integers(0, self.values.shape[1], count)]
+        pairs = np.stack([self.keys[chosen], values], 1)
         repeat = lambda mark: np.tile(mark, (count, 1))  # noqa: E731
         return np.concatenate([repeat(self.opening), pairs, repeat(self.closing)], 1)
 
 
-def hide(text: np.ndarray, words: Words, rng: np.random.Generator, count: int) -> np.ndarray:
-    """`text` [T] with `count` facts, each mentioned twice at random places, and as long as before: for training."""
-    order = rng.permutation(np.repeat(np.arange(count), 2))
-    return _insert(text, words.facts(rng, count)[order], rng, len(text))[0]
+def exercise(
+    text: np.ndarray, words: Words, rng: np.random.Generator, count: int, mentions: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`text` [T] with `count` facts in so many `mentions` at random places, as long as before, to train on.
+
+    Returns the tokens [T] and the labels [T]: the value of every mention but a fact's first, else `IGNORE`.
+    """
+    order = rng.permutation(np.concatenate([np.arange(count), rng.integers(0, count, mentions - count)]))
+    tokens, starts = _insert(text, words.facts(rng, count)[order], rng, len(text))
+    again = np.delete(starts, np.unique(order, return_index=True)[1]) + words.value_offset
+    labels = np.full_like(tokens, IGNORE)
+    labels[again] = tokens[again]
+    return tokens, labels
 
 
 def ask(
