@@ -146,8 +146,8 @@ def train(model: PreTrainedModel, tokens: torch.Tensor, settings, evaluate, dead
 
 def train_recall(model: PreTrainedModel, stages: Sequence[tuple[torch.Tensor, torch.Tensor]], settings, deadline) -> float:
     """
-    Train on the tokens and labels of `recall_exercises`, on the model's device, stage after stage, with float32 master weights
-    beside weights of the model's own dtype. Returns the seconds it took.
+    Train on the tokens and labels of `recall_exercises`, on the model's device, stage after stage, with float32 masters of
+    weights of the model's own dtype. Returns the seconds it took.
 
     Raises:
         OutOfTime: nothing is to be kept of the run.
