@@ -261,7 +261,7 @@ def test_a_model_learns_the_answers_of_its_exercises():
     labels = torch.where(ids < 10, ids, IGNORE)
     before = next_token_loss(model, ids, labels).item()
     stages = [tuple(part.reshape(1, -1, length).repeat(15, 1, 1) for part in (ids, labels)) for length in (16, 32)]
-    settings = Settings(exercise_steps=(15, 15), exercise_rate=1e-2)
+    settings = Settings(exercise_steps=(15, 15), learning_rate=1e-2)
     assert train_recall(model, stages, settings, time.monotonic() + 100) > 0
     assert next_token_loss(model, ids, labels) < before / 2
     with pytest.raises(OutOfTime):

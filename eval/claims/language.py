@@ -57,7 +57,6 @@ class Settings:
     clip: float = 1.0
     exercise_lengths: tuple = (128, 1024)  # after the text, and after all measurements but those of recall
     exercise_steps: tuple = (200, 600)
-    exercise_rate: float = 1e-3
     most_facts: int = 64
     most_mentioned: float = 0.5  # of the tokens of an exercise
     evaluations: int = 8

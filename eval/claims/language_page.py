@@ -36,7 +36,7 @@ def settings(folder: Path) -> str:
         ("data", f"{corpus['train']['tokens']:,} tokens to train on, a vocabulary of {corpus['vocabulary']:,}"),
         ("model", f"width {size['width']}, {size['layers']} layers, SwiGLU of {size['intermediate']:,}, tied embeddings"),
         ("training", f"{chosen['steps']:,} steps of {batch} × {length:,} tokens, {million:.1f} million together"),
-        ("recall", f"{exercises} more on facts, 1 to {chosen['most_facts']} in a sequence, at {chosen['exercise_rate']:g}"),
+        ("recall", f"{exercises} more on facts, 1 to {chosen['most_facts']} in a sequence, at the same rates"),
         ("learning rate", f"{chosen['learning_rate']:g} after {chosen['warmup']:.0%}, then a cosine to {final:.0%} of it"),
         ("AdamW", f"betas {chosen['betas']}, weight decay {chosen['weight_decay']:g}, clipping at {chosen['clip']:g}"),
         ("precision", "bfloat16, with float32 master weights"),

@@ -123,7 +123,7 @@ def train(model: PreTrainedModel, tokens: torch.Tensor, settings, evaluate, dead
     """
     dtype = torch.bfloat16 if tokens.is_cuda else torch.float32
     weights = MasterWeights(model, dtype, settings.weight_decay, settings.betas, settings.clip)
-    rates = _rates(settings.steps, settings.learning_rate, settings)
+    rates = _rates(settings.steps, settings)
     model.train()
     marks = {round(settings.steps * (index + 1) / settings.evaluations) for index in range(settings.evaluations)}
     curve, clock = [], _Clock(tokens.is_cuda)
@@ -154,7 +154,7 @@ def train_recall(model: PreTrainedModel, stages: Sequence[tuple[torch.Tensor, to
     """
     began = time.monotonic()
     weights = MasterWeights(model, model.dtype, settings.weight_decay, settings.betas, settings.clip)
-    rates = _rates(sum(settings.exercise_steps), settings.exercise_rate, settings)
+    rates = _rates(sum(settings.exercise_steps), settings)
     model.train()
     for tokens, labels in stages:
         step_on = RecordedStep(partial(_step, model, weights), str(tokens.device))
@@ -174,8 +174,8 @@ def _step(model: PreTrainedModel, weights: MasterWeights, *batch: torch.Tensor) 
     weights.step()
 
 
-def _rates(steps: int, rate: float, settings) -> Iterator[float]:
-    schedule = {"warmup": settings.warmup, "final_factor": settings.final_factor}
+def _rates(steps: int, settings) -> Iterator[float]:
+    rate, schedule = settings.learning_rate, {"warmup": settings.warmup, "final_factor": settings.final_factor}
     return (rate * rate_factor(step, steps, 1, rate, schedule) for step in range(steps))
 
 
