@@ -26,7 +26,7 @@ def _figure(path: Path, panels: tuple[Callable, ...], runs) -> Path:
     for axis, panel in zip(axes[0], panels):
         panel(axis, runs)
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
+    axes[0, -1].legend(fontsize=7)
     figure.savefig(path, dpi=90)
     plt.close(figure)
     return path
