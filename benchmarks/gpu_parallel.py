@@ -15,8 +15,9 @@ gradient that enters make 1.9 ms and 5.7 ms: ratios of 1.9 and 1.8. At T = 32768
 of some 2 s: 1.95. FSDP2 gathers 2.7 GB of weights twice a forward and backward, 20 ms beside 250 ms: 1.85.
 
 Measured: 1.93 for DDP, 2.06 for FSDP2, which was not counted on to save the casts of autocast. The delta rule alone fell
-short at every length but the longest: 2.40 and 6.71 ms at 131,072, and 0.76 of one GPU's speed at 32,768, because the host
-needs some 2 ms to launch it. In a model, whose launches run ahead of the device, nothing of that is left: 1.82.
+short at every length but the longest: 2.40 and 6.71 ms at 131,072, and 0.76 of one GPU's speed at 32,768. A forward takes
+1.9 ms there, hardly less than at 65,536: on the wall it waits for the host, which in a model runs ahead of the device, and
+nothing of that is left there: 1.82.
 """
 
 import argparse
